@@ -1,0 +1,112 @@
+"""NT-Xent, SupCon, and the gather that lets gradients through.
+
+Shapes: N images per process, 2N view-images (rows 0..N-1 view 1, rows N..2N-1 view 2), V views,
+W processes, d embedding width. Embeddings have unit length.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    """All-gather whose backward pass adds up what every process says of this one's tensor."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, x.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """Rows [M, d] of all processes, [W * M, d], by rank; differentiable.
+
+    The gradient is the sum over the processes' losses. Under DDP, which averages gradients, each
+    process's mean over its own anchors therefore trains exactly as one process with all of them.
+    """
+    return _GatherWithGrad.apply(x)
+
+
+def nt_xent(
+    embeddings: Tensor, temperature: float = 0.1, global_negatives: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Normalised-temperature cross-entropy in float32 (SimCLR, Chen et al. 2020, equation 1).
+
+    Args:
+        embeddings: this process's [2N, d], view 1 then view 2.
+        global_negatives: contrast with the images of all processes, not of this one alone.
+    Returns:
+        The mean over this process's 2N anchors, and the share of anchors whose positive is the
+        nearest of all candidates (top-1 accuracy).
+    """
+    if embeddings.ndim != 2 or embeddings.shape[0] % 2:
+        raise ValueError(f"embeddings of shape {tuple(embeddings.shape)}, expected [2N, d]")
+    anchors = embeddings.shape[0]
+    # Outside autocast: half-precision logits at temperature 0.1 lose the differences that matter.
+    with torch.autocast(embeddings.device.type, enabled=False):
+        embeddings = embeddings.float()
+        several = global_negatives and dist.is_initialized() and dist.get_world_size() > 1
+        candidates = gather_with_grad(embeddings) if several else embeddings
+        own = torch.arange(anchors, device=embeddings.device)
+        offset = dist.get_rank() * anchors if several else 0
+        logits = embeddings @ candidates.T / temperature
+        logits[own, own + offset] = -torch.inf  # an anchor is no candidate for itself
+        positive = own.roll(anchors // 2) + offset
+        loss = F.cross_entropy(logits, positive)
+        accuracy = (logits.argmax(dim=1) == positive).float().mean()
+    return loss, accuracy
+
+
+class SupConLoss(nn.Module):
+    """Supervised contrastive loss (Khosla et al. 2020, equation 2), of this process's images.
+
+    Args:
+        temperature: divides the similarities.
+    """
+
+    def __init__(self, temperature: float = 0.1):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(
+        self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The mean loss over all N * V anchors.
+
+        Args:
+            features: [N, V, d], unit length.
+            labels: [N]; views of images with the same label are positives.
+            mask: [N, N] instead of labels; row i's positives are the columns that are not 0.
+                Without either, an image's positives are its own other views (NT-Xent).
+        Raises:
+            ValueError: shapes other than these, or both labels and mask.
+        """
+        if features.ndim != 3:
+            raise ValueError(f"features of shape {tuple(features.shape)}, expected [N, V, d]")
+        n, views, _ = features.shape
+        if labels is not None and mask is not None:
+            raise ValueError("labels and mask exclude each other")
+        if labels is not None:
+            if labels.shape != (n,):
+                raise ValueError(f"labels of shape {tuple(labels.shape)}, expected [{n}]")
+            mask = labels[:, None] == labels
+        elif mask is None:
+            mask = torch.eye(n, device=features.device)
+        elif mask.shape != (n, n):
+            raise ValueError(f"mask of shape {tuple(mask.shape)}, expected [{n}, {n}]")
+
+        itself = torch.eye(views * n, dtype=torch.bool, device=features.device)
+        positives = mask.bool().repeat(views, views) & ~itself
+        with torch.autocast(features.device.type, enabled=False):
+            rows = features.transpose(0, 1).flatten(0, 1).float()  # [V * N, d], view-major
+            logits = (rows @ rows.T / self.temperature).masked_fill(itself, -torch.inf)
+            log_prob = logits.log_softmax(dim=1).masked_fill(~positives, 0)
+        return -(log_prob.sum(dim=1) / positives.sum(dim=1)).mean()

@@ -1,0 +1,305 @@
+"""The masked autoencoder of CAN: encoder, projection head, noise conditioning, decoder.
+
+Shapes: N view-images, C channels, H x W pixels, p patch size, L = (H/p) (W/p) patches, K kept
+patches, D encoder width, E decoder width.
+"""
+
+import argparse
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block, PatchEmbed
+from torch import Tensor, nn
+
+from util.pos_embed import get_2d_sincos_pos_embed
+from util.sizes import SIZES
+
+PROJECTION_DIM = 128  # width of the contrastive embedding (design: Linear(D, 128))
+NOISE_EMBED_DIM = 128  # width of the sinusoidal embedding of the noise level
+NOISE_TIME_SCALE = 1000.0  # noise levels as diffusion time steps 0 .. 1000 (Ho et al. 2020)
+NORM_LAYER = partial(nn.LayerNorm, eps=1e-6)  # MAE's
+
+
+class MaskedAutoencoderViT(nn.Module):
+    """One ViT encoder trained by contrast, reconstruction and noise prediction (CAN, figure 1).
+
+    Parts that the objective leaves out (`contrastive`, `reconstruct`, `noise_loss` false) keep
+    their parameters, so that every checkpoint has the same keys, but they are frozen and not
+    computed.
+
+    Args:
+        img_size: side of the images in pixels, or (H, W), multiples of `patch_size`.
+        norm_pix_loss: reconstruct pixels normalised by each patch's own mean and variance.
+        noise_loss: add noise to what the encoder sees, and predict it on visible patches.
+        std: the largest noise level, in units of the normalised images.
+        contrastive: compute the projected embedding.
+        reconstruct: run the decoder; needed for reconstruction and for noise prediction.
+    Raises:
+        ValueError: img_size is not a multiple of patch_size, or std is negative.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        norm_pix_loss: bool = False,
+        noise_loss: bool = False,
+        std: float = 0.05,
+        contrastive: bool = True,
+        reconstruct: bool = True,
+    ):
+        super().__init__()
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+        if std < 0:
+            raise ValueError(f"std {std} is negative")
+        self.norm_pix_loss, self.noise_loss, self.std = norm_pix_loss, noise_loss, std
+        self.contrastive, self.reconstruct = contrastive, reconstruct
+
+        def blocks(dim: int, depth: int, heads: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                Block(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
+                for _ in range(depth)
+            )
+
+        self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim)
+        tokens = 1 + self.patch_embed.num_patches
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)
+        self.blocks = blocks(embed_dim, depth, num_heads)
+        self.norm = norm_layer(embed_dim)
+
+        self.projection_head = _mlp(embed_dim, embed_dim, PROJECTION_DIM)
+        self.noise_pe_mlp = _mlp(NOISE_EMBED_DIM, embed_dim, embed_dim)
+
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(
+            torch.zeros(1, tokens, decoder_embed_dim), requires_grad=False
+        )
+        self.decoder_blocks = blocks(decoder_embed_dim, decoder_depth, decoder_num_heads)
+        self.decoder_norm = norm_layer(decoder_embed_dim)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+
+        self.initialize_weights()
+        self._freeze_unused()
+
+    def initialize_weights(self) -> None:
+        """MAE's: Xavier-uniform linear layers (the patch embedding too), tokens of std 0.02."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for embedding in (self.pos_embed, self.decoder_pos_embed):
+            values = get_2d_sincos_pos_embed(
+                embedding.shape[-1], self.patch_embed.grid_size, cls_token=True
+            )
+            embedding.data.copy_(torch.from_numpy(values))
+
+    def _freeze_unused(self) -> None:
+        """DDP waits for every parameter that wants a gradient: what gets none must not want one."""
+        unused = []
+        if not self.contrastive:
+            unused.append("projection_head.")
+        if not (self.noise_loss and self.reconstruct):
+            unused.append("noise_pe_mlp.")
+        if not self.reconstruct:
+            unused += ["decoder_", "mask_token"]
+        for name, parameter in self.named_parameters():
+            if name.startswith(tuple(unused)):
+                parameter.requires_grad_(False)
+
+    def patchify(self, imgs: Tensor) -> Tensor:
+        """Images [N, C, H, W] as patches [N, L, p * p * C], channels last within a patch."""
+        p = self.patch_embed.patch_size[0]
+        n, c, height, width = imgs.shape
+        patches = imgs.reshape(n, c, height // p, p, width // p, p)
+        return patches.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, p * p * c)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Patches [N, L, p * p * C] as images [N, C, H, W]; the inverse of `patchify`."""
+        p = self.patch_embed.patch_size[0]
+        rows, columns = self.patch_embed.grid_size
+        x = x.reshape(x.shape[0], rows, columns, p, p, -1)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, rows * p, columns * p)
+
+    def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Keeps a random `int(L (1 - mask_ratio))` of each row's tokens (MAE, section 3).
+
+        Args:
+            x: [N, L, D] of any width D.
+        Returns:
+            The kept tokens [N, K, D], the mask [N, L] (0 kept, 1 removed), and `ids_restore`
+            [N, L]: where each patch stands in the shuffled order, whose first K are kept.
+        """
+        n, length, dim = x.shape
+        keep = int(length * (1 - mask_ratio))
+        scores = torch.rand(n, length, device=x.device)
+        ids_shuffle = scores.argsort(dim=1)
+        ids_restore = ids_shuffle.argsort(dim=1)
+        kept = x.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, dim))
+        return kept, (ids_restore >= keep).to(x.dtype), ids_restore
+
+    def add_noise(self, imgs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Adds Gaussian noise of a random level to each image, leaving `imgs` as it is.
+
+        Returns:
+            The noised images and the noise itself (sigma e) [N, C, H, W], and the level as a
+            share of the largest, t = sigma / std ~ U(0, 1) [N].
+        """
+        level = torch.rand(imgs.shape[0], device=imgs.device)
+        sigma = (self.std * level).view(-1, 1, 1, 1)
+        noise = sigma * torch.randn_like(imgs)
+        return imgs + noise, noise, level if self.std > 0 else torch.zeros_like(level)
+
+    def forward_encoder(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Encodes a random part of the patches of images [N, C, H, W].
+
+        Returns:
+            The latent tokens [N, 1 + K, D], cls token first; mask and `ids_restore` [N, L].
+        """
+        x, mask, ids_restore = self.random_masking(self.patchify(x), mask_ratio)
+        # Only kept patches are embedded: a linear map of their pixels, the convolution's weight
+        # brought into the patches' (row, column, channel) order.
+        x = F.linear(
+            x,
+            self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1),
+            self.patch_embed.proj.bias,
+        )
+        ids_keep = ids_restore.argsort(dim=1)[:, : x.shape[1], None]
+        pos_embed = self.pos_embed[:, 1:].expand(x.shape[0], -1, -1)
+        x = x + pos_embed.gather(1, ids_keep.expand(-1, -1, x.shape[2]))
+
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x), mask, ids_restore
+
+    def forward_projection(self, latent: Tensor) -> Tensor:
+        """Unit-length contrastive embeddings [N, 128], float32, of latent tokens [N, 1 + K, D]."""
+        return F.normalize(self.projection_head(latent.mean(dim=1)).float(), dim=-1)
+
+    def forward_decoder(
+        self, x: Tensor, ids_restore: Tensor, noise_level: Tensor | None = None
+    ) -> Tensor:
+        """Predicts all patches [N, L, p * p * C] from latent tokens [N, 1 + K, D].
+
+        Args:
+            noise_level: t in [0, 1] [N]; None where noise is not predicted.
+        """
+        if noise_level is not None:
+            embedding = self.noise_pe_mlp(noise_level_embedding(noise_level))
+            x = x + embedding[:, None]
+        x = self.decoder_embed(x)
+
+        n, length = ids_restore.shape
+        mask_tokens = self.mask_token.expand(n, length + 1 - x.shape[1], -1).to(x.dtype)
+        patches = torch.cat([x[:, 1:], mask_tokens], dim=1)
+        patches = patches.gather(1, ids_restore[:, :, None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    @staticmethod
+    def patch_std(patches: Tensor) -> Tensor:
+        """The deviation [N, L, 1] that `norm_pix_loss` divides patches [N, L, p * p * C] by."""
+        return (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+    def forward_loss(
+        self, imgs: Tensor, pred: Tensor, mask: Tensor, noise: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The losses of a prediction [N, L, p * p * C] for clean images [N, C, H, W], in float32.
+
+        Returns:
+            `reconstruction`: squared error to the clean pixels, mean over removed patches. With
+            `noise` [N, C, H, W] also `noise`: squared error to it, mean over visible patches, and
+            `noise_zero`: the same for a prediction of zero, which a useful model must undercut.
+        """
+        pred, target = pred.float(), self.patchify(imgs).float()
+        if self.norm_pix_loss:
+            target = (target - target.mean(-1, keepdim=True)) / self.patch_std(target)
+        losses = {"reconstruction": _mean_where(mask, (pred - target) ** 2)}
+        if noise is not None:
+            noise = self.patchify(noise).float()
+            losses["noise"] = _mean_where(1 - mask, (pred - noise) ** 2)
+            losses["noise_zero"] = _mean_where(1 - mask, noise**2)
+        return losses
+
+    def forward(self, imgs: Tensor, mask_ratio: float = 0.75) -> dict[str, Tensor]:
+        """One pass over view-images [N, C, H, W], which are not changed.
+
+        Returns:
+            `mask` [N, L], and what the objective needs of: `embedding` [N, 128]; `pred`
+            [N, L, p * p * C] and `reconstruction`; `noise` and `noise_zero` (scalars).
+        """
+        noise = level = None
+        seen = imgs
+        if self.noise_loss:
+            seen, noise, level = self.add_noise(imgs)
+        latent, mask, ids_restore = self.forward_encoder(seen, mask_ratio)
+        parts = {"mask": mask}
+        if self.contrastive:
+            parts["embedding"] = self.forward_projection(latent)
+        if self.reconstruct:
+            parts["pred"] = self.forward_decoder(latent, ids_restore, level)
+            parts |= self.forward_loss(imgs, parts["pred"], mask, noise)
+        return parts
+
+
+def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))
+
+
+def _mean_where(mask: Tensor, errors: Tensor) -> Tensor:
+    """Mean of errors [N, L, d] over the patches whose mask [N, L] is 1."""
+    return (errors.mean(dim=-1) * mask).sum() / mask.sum()
+
+
+def noise_level_embedding(level: Tensor, dim: int = NOISE_EMBED_DIM) -> Tensor:
+    """Sinusoidal embedding [N, dim] of noise levels t in [0, 1] [N]: sines, then cosines."""
+    frequencies = 10000.0 ** (-torch.arange(dim // 2, device=level.device) / (dim // 2))
+    angles = NOISE_TIME_SCALE * level[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _sized(name: str) -> partial:
+    return partial(MaskedAutoencoderViT, norm_layer=NORM_LAYER, **SIZES[name]._asdict())
+
+
+mae_vit_tiny_patch4 = _sized("tiny_patch4")
+mae_vit_tiny_patch16 = _sized("tiny_patch16")
+mae_vit_small_patch16 = _sized("small_patch16")
+mae_vit_base_patch16 = _sized("base_patch16")
+mae_vit_large_patch16 = _sized("large_patch16")
+mae_vit_huge_patch14 = _sized("huge_patch14")
+
+MODELS = {f"mae_vit_{name}": _sized(name) for name in SIZES}
+
+
+def build_model(args: argparse.Namespace) -> MaskedAutoencoderViT:
+    """The model that main_pretrain.py's flags describe."""
+    return MODELS[args.model](
+        img_size=args.input_size,
+        norm_pix_loss=args.norm_pix_loss,
+        noise_loss=args.noise_loss,
+        std=args.std,
+        contrastive=args.weight_simclr > 0,
+        reconstruct=args.weight_mae > 0,
+    )

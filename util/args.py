@@ -1,0 +1,296 @@
+"""Every flag, defined once. Standard library only, so that a login node can parse them quickly."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+
+from util.sizes import SIZES, patch_size
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse` whose errors are one line, and whose `check` sees flags that depend on each other.
+
+    Args:
+        check: called with the parsed namespace; fills in derived defaults, and raises ValueError
+            with the line to show. The process then exits with status 2, as for any bad flag.
+    """
+
+    def __init__(self, check: Callable[[argparse.Namespace], None] | None = None, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+        self.check = check
+
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        if self.check is not None:
+            try:
+                self.check(parsed)
+            except ValueError as error:
+                self.error(str(error))
+        return parsed
+
+    def error(self, message: str):
+        if os.environ.get("RANK", "0") == "0":  # every rank parses the same flags: one speaks
+            print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind: type, low: float, high: float = math.inf, ends: str = "[)") -> Callable:
+    """An argparse type: an int or float between low and high; `ends` as in [low, high)."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            word = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
+        above = low <= value if ends[0] == "[" else low < value
+        below = value <= high if ends[1] == "]" else value < high
+        if not (above and below):  # so NaN is refused too: it compares false with everything
+            span = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
+            raise argparse.ArgumentTypeError(f"{text} is outside {span}")
+        return value
+
+    return parse
+
+
+def common_flags() -> argparse.ArgumentParser:
+    """The flags of all three scripts, for `parents=`; scripts set their own defaults."""
+    parser = argparse.ArgumentParser(add_help=False)
+    count, positive = number(int, 0), number(int, 1)
+    amount = number(float, 0)
+
+    group = parser.add_argument_group("schedule")
+    group.add_argument(
+        "--batch_size",
+        type=positive,
+        default=64,
+        help="images per process and forward pass; the global batch is "
+        "batch_size x accum_iter x processes",
+    )
+    group.add_argument("--epochs", type=positive)
+    group.add_argument(
+        "--accum_iter",
+        type=positive,
+        default=1,
+        help="forward passes whose gradients are added up for one step",
+    )
+    group.add_argument("--weight_decay", type=amount)
+    group.add_argument(
+        "--lr",
+        type=amount,
+        default=None,
+        help="learning rate; if not given, blr x global batch / 256",
+    )
+    group.add_argument("--blr", type=amount, help="base learning rate, for a batch of 256")
+    group.add_argument("--min_lr", type=amount, help="where the cosine schedule ends")
+    group.add_argument("--warmup_epochs", type=count, help="epochs of linear warm-up")
+
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--input_size", type=positive, default=224, help="image side in pixels")
+    group.add_argument(
+        "--data_path",
+        required=True,
+        help="a folder of images, or a built-in data set: digits (scikit-learn's, "
+        "offline), cifar10, ... (torchvision's, downloaded into ./data)",
+    )
+    group.add_argument(
+        "--num_workers", type=count, default=10, help="loader processes per training process"
+    )
+    group.add_argument(
+        "--pin_mem",
+        action="store_true",
+        default=True,
+        help="page-locked memory for faster copies to the GPU",
+    )
+    group.add_argument(
+        "--no_pin_mem", action="store_false", dest="pin_mem", help="turn --pin_mem off"
+    )
+
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output_dir",
+        default="./output_dir",
+        help="folder of checkpoints and log.txt; '' saves nothing",
+    )
+    group.add_argument(
+        "--log_dir", default=None, help="folder of TensorBoard's files; if not given, output_dir"
+    )
+    group.add_argument(
+        "--save_freq",
+        type=positive,
+        default=20,
+        help="epochs between numbered checkpoints; the last epoch's is always kept",
+    )
+    group.add_argument(
+        "--resume",
+        default="",
+        metavar="auto|PATH",
+        help="checkpoint to go on from; auto takes output_dir's "
+        "checkpoint-last.pth if there is one",
+    )
+    group.add_argument(
+        "--start_epoch", type=count, default=0, help="epoch to begin with; --resume sets it"
+    )
+
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default=None,
+        help="if not given, cuda where there is one, else cpu",
+    )
+    group.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="auto: bf16 where the device computes it natively, fp16 on older GPUs, "
+        "else fp32; losses are always fp32",
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile the model, in place")
+    group.add_argument("--seed", type=count, default=0)
+    group.add_argument(
+        "--world_size",
+        type=positive,
+        default=1,
+        help="number of processes, where no launcher says it",
+    )
+    group.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=number(int, -1),
+        default=-1,
+        help="this process's number on its machine; launchers set it",
+    )
+    group.add_argument(
+        "--dist_on_itp",
+        action="store_true",
+        help="take ranks from Open MPI's environment (OMPI_COMM_WORLD_*)",
+    )
+    group.add_argument(
+        "--dist_url",
+        default="env://",
+        help="where the processes meet: env://, tcp://HOST:PORT or file:///PATH",
+    )
+    return parser
+
+
+def check_common(args: argparse.Namespace) -> None:
+    """Raises ValueError where flags of `common_flags` contradict each other or `--model`."""
+    if args.input_size % patch_size(args.model):
+        raise ValueError(
+            f"--input_size {args.input_size} is not a multiple of the patch size "
+            f"{patch_size(args.model)} of --model {args.model}"
+        )
+    if not args.dist_url.startswith(("env://", "tcp://", "file://")):
+        raise ValueError(
+            f"--dist_url {args.dist_url!r} is none of env://, tcp://HOST:PORT, file:///PATH"
+        )
+    if args.world_size > 1 and args.local_rank >= args.world_size:
+        raise ValueError(
+            f"--local_rank {args.local_rank} is not below --world_size {args.world_size}"
+        )
+    if args.resume == "auto" and not args.output_dir:
+        raise ValueError("--resume auto needs an --output_dir to look in")
+    if args.log_dir is None:
+        args.log_dir = args.output_dir
+
+
+def pretrain_parser() -> Parser:
+    """The flags of main_pretrain.py."""
+    parser = Parser(description="CAN pretraining", parents=[common_flags()], check=check_pretrain)
+    parser.set_defaults(epochs=400, weight_decay=0.05, blr=1e-3, min_lr=0.0, warmup_epochs=40)
+
+    group = parser.add_argument_group("objective")
+    group.add_argument(
+        "--model",
+        default="mae_vit_large_patch16",
+        metavar="MODEL",
+        choices=[f"mae_vit_{size}" for size in SIZES],
+        help="one of " + ", ".join(f"mae_vit_{size}" for size in SIZES),
+    )
+    group.add_argument(
+        "--weight_mae",
+        type=number(float, 0),
+        default=0.97,
+        help="weight of reconstruction and noise prediction together",
+    )
+    group.add_argument(
+        "--weight_simclr",
+        type=number(float, 0),
+        default=0.03,
+        help="weight of the contrastive loss",
+    )
+    group.add_argument(
+        "--weight_noise",
+        type=number(float, 0, 1, "[]"),
+        default=0.3,
+        help="share of noise prediction within weight_mae",
+    )
+    group.add_argument(
+        "--noise_loss",
+        action="store_true",
+        default=None,
+        help="add noise to the images and predict it; if not given, the "
+        "objective's own: on for CAN, off for MAE and SimCLR",
+    )
+    group.add_argument(
+        "--no_noise_loss",
+        action="store_false",
+        dest="noise_loss",
+        default=None,
+        help="neither add nor predict noise",
+    )
+    group.add_argument(
+        "--std",
+        type=number(float, 0),
+        default=0.05,
+        help="largest noise level, in units of normalised pixels",
+    )
+    group.add_argument(
+        "--mask_ratio",
+        type=number(float, 0, 1),
+        default=None,
+        help="share of patches removed; if not given, the objective's own: "
+        "0.5 for CAN, 0.75 for MAE, 0 for SimCLR",
+    )
+    group.add_argument(
+        "--norm_pix_loss",
+        action="store_true",
+        help="reconstruct pixels normalised within each patch",
+    )
+    group.add_argument(
+        "--local_negatives",
+        action="store_true",
+        help="contrast with this process's images only, as the public release did",
+    )
+    return parser
+
+
+def check_pretrain(args: argparse.Namespace) -> None:
+    """Resolves the objective's own defaults; raises ValueError for what cannot be trained.
+
+    CAN has a contrastive and a reconstruction weight; without the first it is MAE, without the
+    second SimCLR.
+    """
+    check_common(args)
+    if args.weight_mae == 0 and args.weight_simclr == 0:
+        raise ValueError("--weight_mae 0 and --weight_simclr 0 leave nothing to learn")
+
+    can = args.weight_simclr > 0 and args.weight_mae > 0
+    if args.noise_loss is None:
+        args.noise_loss = can
+    if args.mask_ratio is None:
+        args.mask_ratio = 0.5 if can else 0.75 if args.weight_mae > 0 else 0.0
+
+    patches = (args.input_size // patch_size(args.model)) ** 2
+    kept = int(patches * (1 - args.mask_ratio))
+    if kept == 0:
+        raise ValueError(f"--mask_ratio {args.mask_ratio} keeps none of {patches} patches")
+    if kept == patches and args.weight_mae > 0:
+        raise ValueError(
+            f"--mask_ratio {args.mask_ratio} removes none of {patches} patches: "
+            "nothing to reconstruct (SimCLR is --weight_mae 0)"
+        )

@@ -1,0 +1,164 @@
+"""One process or many: the group, who speaks for it, and how a script ends.
+
+One process is a group of size 1, so that nothing else has to ask.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from util.errors import UserError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_store: dist.Store | None = None  # shared by all ranks; see _first_to_report
+
+
+def get_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def _place(args: argparse.Namespace) -> tuple[int, int, int]:
+    """Rank, rank on this machine and world size: from whatever launched us, else from flags."""
+    env = os.environ
+    if args.dist_on_itp:
+        prefix = "OMPI_COMM_WORLD_"
+        names = [prefix + "RANK", prefix + "LOCAL_RANK", prefix + "SIZE"]
+    elif "RANK" in env and "WORLD_SIZE" in env:  # torchrun, torch.distributed.launch
+        names = ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
+    elif "SLURM_STEP_NUM_TASKS" in env:  # srun; absent in the batch script itself
+        names = ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"]
+    else:
+        rank = max(args.local_rank, 0)
+        return rank, rank, args.world_size
+    fallback = {names[1]: str(max(args.local_rank, 0))}
+    try:
+        rank, local_rank, world_size = (int((fallback | dict(env))[name]) for name in names)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the launcher's environment is incomplete: {error}") from None
+    return rank, local_rank, world_size
+
+
+def _device(args: argparse.Namespace, local_rank: int) -> torch.device:
+    if (args.device or "cuda") == "cuda" and torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU of its own: there "
+                f"are {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if args.device == "cuda":
+        raise UserError(
+            "--device cuda: no usable GPU here (torch.cuda.is_available() is false); "
+            "--device cpu trains without"
+        )
+    return torch.device("cpu")
+
+
+def init_distributed_mode(args: argparse.Namespace) -> torch.device:
+    """Joins the process group (nccl on GPUs, gloo on CPUs) and sets up logging.
+
+    Args:
+        args: device, dist_url, and the fallbacks of launchers: world_size, local_rank, dist_on_itp.
+    Returns:
+        This process's device.
+    Raises:
+        UserError: no such GPU, or the processes cannot meet at dist_url.
+    """
+    global _store
+    rank, local_rank, world_size = _place(args)
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stdout,
+        force=True,
+    )
+    device = _device(args, local_rank)
+    try:
+        if world_size == 1:
+            _store = dist.HashStore()
+        else:
+            _store, _, _ = next(dist.rendezvous(args.dist_url, rank, world_size))
+    except (ValueError, RuntimeError) as error:  # RuntimeError: the network's, port in use
+        line = str(error).splitlines()[0]
+        raise UserError(f"--dist_url {args.dist_url}: the processes cannot meet: {line}") from None
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=_store,
+        rank=rank,
+        world_size=world_size,
+    )
+    return device
+
+
+def from_rank_zero(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, on every rank; its UserError is raised on every rank."""
+    outcome: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            outcome[0] = make()
+        except UserError as error:
+            outcome[1] = str(error)
+    if get_world_size() > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The mean over all ranks of a tensor, which is overwritten."""
+    if get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= get_world_size()
+    return values
+
+
+def _first_to_report() -> bool:
+    """True on the one rank that asks first: an error that all ranks meet is shown once."""
+    if _store is None or get_world_size() == 1:
+        return True
+    try:
+        return _store.add("errors_reported", 1) == 1
+    except RuntimeError:  # the rank that holds the store is gone
+        return True
+
+
+def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Runs a script to its end: exit status 0, or 1 after one line for the user."""
+    try:
+        main(args)
+    except UserError as error:
+        _fail(str(error))
+    except torch.OutOfMemoryError:
+        _fail("out of GPU memory: lower --batch_size (and raise --accum_iter to match)")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _fail(message: str) -> None:
+    if _first_to_report():
+        # From a loader process the line arrives at the end of that process's traceback.
+        message = message.rsplit("UserError: ", 1)[-1].strip()
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(1)

@@ -1,0 +1,97 @@
+"""What a run shows: console lines, TensorBoard's files, log.txt with a JSON object per epoch."""
+
+import argparse
+import datetime
+import json
+import resource
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from util.distributed import from_rank_zero, is_main_process
+from util.errors import UserError
+
+
+class RunLog:
+    """Written by rank 0 alone; nothing is written where no folder is given.
+
+    Args:
+        args: output_dir and log_dir, made here if need be.
+        start_epoch, start_step: what a resumed run begins with; whatever was logged from there on
+            by the run it goes on from is taken back.
+    Raises:
+        UserError: a folder cannot be made or written to; on every rank.
+    """
+
+    def __init__(self, args: argparse.Namespace, start_epoch: int = 0, start_step: int = 0):
+        self.writer, self.path = None, None
+        from_rank_zero(lambda: _make_folders(args.output_dir, args.log_dir))
+        if not is_main_process():
+            return
+        if args.log_dir:
+            self.writer = SummaryWriter(args.log_dir, purge_step=start_step)
+        if args.output_dir:
+            self.path = Path(args.output_dir) / "log.txt"
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if json.loads(line)["epoch"] < start_epoch]
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Adds points to TensorBoard's curves at an optimiser step."""
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def image(self, name: str, image: Tensor, step: int) -> None:
+        """Adds a uint8 image [3, H, W] to TensorBoard."""
+        if self.writer is not None:
+            self.writer.add_image(name, image, step)
+
+    def epoch(self, values: dict[str, float | int]) -> None:
+        """Adds a line to log.txt and brings TensorBoard's file up to date."""
+        if self.path is not None:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+        if self.writer is not None:
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _make_folders(*folders: str) -> None:
+    for folder in filter(None, folders):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / ".writable").touch()
+            (Path(folder) / ".writable").unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from None
+
+
+def console_line(
+    place: str, left: float, terms: list[str], window: dict[str, float], device: torch.device
+) -> str:
+    """One line for people.
+
+    Args:
+        place: epoch and step.
+        left: the rest of the run, in seconds.
+        terms: the script's own words.
+        window: a `MetricLogger.window()`, with `grad_norm` and `lr`.
+    """
+    eta = datetime.timedelta(seconds=round(left))
+    rates = f"{window['images_per_second']:.0f} img/s  data {window['data_wait']:.0%}"
+    step = f"grad {window['grad_norm']:.2g}  lr {window['lr']:.2e}"
+    memory = f"mem {memory_gib(device):.1f} GiB"
+    return "  ".join([place, f"eta {eta}", *terms, step, rates, memory])
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory that this process has taken so far: the GPU's, or on CPUs the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

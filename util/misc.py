@@ -1,0 +1,106 @@
+"""MAE's `misc`: the process group's helpers under their known names, and the metric logger."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from util.distributed import (
+    get_rank,
+    get_world_size,
+    init_distributed_mode,
+    is_main_process,
+    mean_over_ranks,
+)
+
+__all__ = [
+    "MetricLogger",
+    "get_rank",
+    "get_world_size",
+    "init_distributed_mode",
+    "is_main_process",
+    "seed_all",
+]
+
+
+def seed_all(*position: int) -> None:
+    """Seeds torch and numpy by a position in the run, such as (seed, epoch, step, rank).
+
+    Done before every step, it makes a run's random numbers a function of where it stands, so that
+    a resumed run draws what the uninterrupted one would have drawn.
+    """
+    words = np.random.SeedSequence(position).generate_state(2)
+    torch.manual_seed(int(words[0]))
+    np.random.seed(words[1])
+
+
+@dataclass
+class _Tally:
+    """Sums over a stretch of the run."""
+
+    sums: dict = field(default_factory=dict)  # metric -> sum over updates
+    updates: int = 0
+    images: int = 0  # of this rank
+    wait: float = 0.0  # seconds spent waiting for data
+    seconds: float = 0.0
+
+    def add(self, sums: dict, updates: int, images: int, wait: float, seconds: float) -> None:
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.updates += updates
+        self.images += images
+        self.wait += wait
+        self.seconds += seconds
+
+    def means(self) -> dict[str, float]:
+        means = {name: value / self.updates for name, value in self.sums.items()}
+        means["images_per_second"] = self.images * get_world_size() / self.seconds
+        means["data_wait"] = self.wait / self.seconds
+        return means
+
+
+class MetricLogger:
+    """Means of metrics that stay on the device until somebody looks.
+
+    `update` only adds; `window` fetches the means since the last look, over all ranks, with one
+    transfer; `epoch` gives the means over all windows. Both also hold `images_per_second` of all
+    ranks and `data_wait`, the share of time spent waiting for the loader.
+    """
+
+    def __init__(self):
+        self._window, self._epoch = _Tally(), _Tally()
+        self._since = time.perf_counter()
+
+    def watch(self, loader: Iterable) -> Iterator:
+        """Iterates over the loader, taking the time spent waiting for it."""
+        batches = iter(loader)
+        while True:
+            begin = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._window.wait += time.perf_counter() - begin
+            yield batch
+
+    def update(self, images: int, **metrics: Tensor) -> None:
+        """Adds scalars of one forward pass over a number of images of this rank."""
+        metrics = {name: value.detach().float() for name, value in metrics.items()}
+        self._window.add(metrics, updates=1, images=images, wait=0.0, seconds=0.0)
+
+    def window(self) -> dict[str, float]:
+        """Means since the last call."""
+        window, self._window = self._window, _Tally()
+        sums = mean_over_ranks(torch.stack(list(window.sums.values()))).tolist()
+        window.sums = dict(zip(window.sums, sums, strict=True))
+        now = time.perf_counter()  # after the transfer: all of the window's work is done
+        window.seconds, self._since = now - self._since, now
+        self._epoch.add(**vars(window))
+        return window.means()
+
+    def epoch(self) -> dict[str, float]:
+        """Means over all windows so far."""
+        return self._epoch.means()

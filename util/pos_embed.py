@@ -1,0 +1,38 @@
+"""Sine-cosine position embeddings, in MAE's channel order.
+
+Shapes: D channels, H x W grid of patches, L = H * W.
+"""
+
+import numpy as np
+
+
+def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.ndarray:
+    """[M, D] embeddings of M positions: D/2 sines, then D/2 cosines (Vaswani et al. 2017)."""
+    if embed_dim % 2:
+        raise ValueError(f"embed_dim {embed_dim} is not even")
+    omega = 10000.0 ** (-np.arange(embed_dim // 2) / (embed_dim / 2))
+    angles = np.outer(pos, omega)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def get_2d_sincos_pos_embed(
+    embed_dim: int, grid_size: int | tuple[int, int], cls_token: bool = False
+) -> np.ndarray:
+    """[L, D] position embeddings of a grid, row by row, or [1 + L, D] with zeros for a cls token.
+
+    The first half of the channels holds the column, the second the row, as in MAE (timm's own
+    2-D embedding orders them otherwise, so that released checkpoints would not match it).
+
+    Args:
+        grid_size: (H, W) in patches; one number for a square.
+    Raises:
+        ValueError: embed_dim is not a multiple of 4.
+    """
+    if embed_dim % 4:
+        raise ValueError(f"embed_dim {embed_dim} is not a multiple of 4")
+    height, width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
+    row, column = np.indices((height, width)).reshape(2, -1)
+    embedding = np.concatenate(
+        [get_1d_sincos_pos_embed_from_grid(embed_dim // 2, pos) for pos in (column, row)], axis=1
+    )
+    return np.concatenate([np.zeros((1, embed_dim)), embedding]) if cls_token else embedding

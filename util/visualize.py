@@ -1,0 +1,108 @@
+"""Reconstructions to look at: clean, masked, and reconstructed images side by side.
+
+    python -m util.visualize --checkpoint output_dir/checkpoint-last.pth --data_path digits \\
+        --out reconstructions.png
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.utils import make_grid, save_image
+
+from util import checkpoint
+from util.args import Parser, number
+from util.datasets import IMAGENET_MEAN, IMAGENET_STD, open_dataset, preview_images
+from util.distributed import launch
+from util.errors import UserError
+
+PREVIEW_IMAGES = 8
+MASK_SEED = 0  # the same patches are removed every time, so that grids compare
+MIN_TILE = 112  # pixels; smaller images are magnified to be seen
+
+
+@torch.no_grad()
+def reconstruct(model: nn.Module, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
+    """The images as seen and as reconstructed, both [N, 3, H, W] in normalised pixels.
+
+    Removed patches are grey in the first. In the second, visible patches are the true ones, since
+    the model predicts noise there, and removed ones are predictions, with per-patch normalisation
+    undone.
+
+    Args:
+        imgs: [N, 3, H, W], normalised.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng(devices=[imgs.device] if imgs.is_cuda else []):
+        torch.manual_seed(MASK_SEED)
+        parts = model(imgs, mask_ratio=mask_ratio)
+    model.train(was_training)
+
+    pred, target = parts["pred"].float(), model.patchify(imgs)
+    if model.norm_pix_loss:
+        pred = pred * model.patch_std(target) + target.mean(dim=-1, keepdim=True)
+    removed = parts["mask"].bool()[:, :, None]
+    seen = model.unpatchify(target.masked_fill(removed, 0.0))
+    return seen, model.unpatchify(torch.where(removed, pred, target))
+
+
+def reconstruction_grid(model: nn.Module, imgs: Tensor, mask_ratio: float) -> Tensor:
+    """A uint8 picture [3, H', W']: a column for each image; clean, masked, reconstructed rows."""
+    seen, reconstructed = reconstruct(model, imgs, mask_ratio)
+    mean, std = (torch.tensor(v).view(3, 1, 1).to(imgs) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    rows = torch.cat([imgs, seen, reconstructed]) * std + mean
+    zoom = math.ceil(MIN_TILE / imgs.shape[-1])
+    rows = rows.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
+    grid = make_grid(rows, nrow=len(imgs), padding=4, pad_value=1.0)
+    return (grid.clamp(0, 1) * 255).round().byte().cpu()
+
+
+def get_args_parser() -> Parser:
+    parser = Parser(prog="util.visualize", description="Draw a checkpoint's reconstructions")
+    parser.add_argument("--checkpoint", required=True, help="a pretraining checkpoint")
+    parser.add_argument(
+        "--data_path", required=True, help="folder or name of the images, as in pretraining"
+    )
+    parser.add_argument("--out", default="reconstructions.png", help="the PNG to write")
+    parser.add_argument(
+        "--mask_ratio",
+        type=number(float, 0, 1),
+        default=None,
+        help="if not given, the checkpoint's own",
+    )
+    parser.add_argument("--images", type=number(int, 1), default=PREVIEW_IMAGES)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    from model_mae import build_model  # this command needs a model; the functions above do not
+
+    state = checkpoint.load(args.checkpoint)
+    if "args" not in state:
+        raise UserError(f"{args.checkpoint} does not say how its model was built: no 'args' in it")
+    flags = state["args"]
+    flags = flags if isinstance(flags, argparse.Namespace) else argparse.Namespace(**flags)
+    try:
+        model = build_model(flags)
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"{args.checkpoint} is not a pretraining checkpoint: {error}") from None
+    if not model.reconstruct:
+        raise UserError(f"{args.checkpoint} was trained without reconstruction (--weight_mae 0)")
+    checkpoint.load_model(model, state["model"], args.checkpoint)
+
+    imgs = preview_images(open_dataset(args.data_path, train=True), args.images, flags.input_size)
+    mask_ratio = flags.mask_ratio if args.mask_ratio is None else args.mask_ratio
+    grid = reconstruction_grid(model, imgs, mask_ratio)
+    try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        save_image(grid / 255, args.out)
+    except (OSError, ValueError) as error:  # ValueError: no such picture format
+        raise UserError(f"cannot write {args.out}: {error}") from None
+    print(f"{args.out}: {len(imgs)} images; rows: clean, {mask_ratio:.0%} masked, reconstructed")
+
+
+if __name__ == "__main__":
+    launch(main, get_args_parser().parse_args())
