@@ -52,7 +52,7 @@ def nt_xent(
     anchors = embeddings.shape[0]
     # Outside autocast: half-precision logits at temperature 0.1 lose the differences that matter.
     with torch.autocast(embeddings.device.type, enabled=False):
-        embeddings = embeddings.float()
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         several = global_negatives and dist.is_initialized() and dist.get_world_size() > 1
         candidates = gather_with_grad(embeddings) if several else embeddings
         own = torch.arange(anchors, device=embeddings.device)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import datasets
 
-from util.distributed import from_rank_zero, get_world_size
+from util.distributed import from_rank_zero, get_rank, get_world_size
 from util.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -152,7 +152,8 @@ class EpochSampler(DistributedSampler):
     """
 
     def __init__(self, dataset: Dataset, per_step: int, seed: int):
-        super().__init__(dataset, shuffle=True, seed=seed, drop_last=True)
+        ranks = {"num_replicas": get_world_size(), "rank": get_rank()}
+        super().__init__(dataset, **ranks, shuffle=True, seed=seed, drop_last=True)
         steps = len(dataset) // (per_step * self.num_replicas)
         if steps == 0:
             raise UserError(

@@ -1,0 +1,212 @@
+"""Which images are seen, in which order, and what their augmentation depends on."""
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import datasets
+
+from util.datasets import NAMED, EpochSampler, SeededDataset, open_dataset, preview_images
+from util.errors import UserError
+from util_contrastive import GaussianBlur, TwoCropTransform, pretrain_transform
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_dataset("digits", train=True)
+
+
+def seeded(dataset, seed: int = 0) -> SeededDataset:
+    return SeededDataset(dataset, pretrain_transform(16), seed)
+
+
+def test_views_depend_on_seed_epoch_and_index_alone(digits):
+    views = seeded(digits)[3, 5][0]
+    torch.manual_seed(99)  # the global state does not matter
+    assert all(map(torch.equal, views, seeded(digits)[3, 5][0]))
+    assert not torch.equal(*views)
+    for other in (seeded(digits, seed=1)[3, 5], seeded(digits)[4, 5], seeded(digits)[3, 6]):
+        assert not torch.equal(views[0], other[0][0])
+
+
+def test_drawing_views_leaves_the_global_random_state_alone(digits):
+    before = torch.get_rng_state()
+    seeded(digits)[0, 0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_do_not_change_the_views(digits):
+    def batches(workers: int) -> list:
+        sampler = EpochSampler(digits, per_step=16, seed=0)
+        sampler.set_epoch(2)
+        loader = DataLoader(seeded(digits), 16, sampler=sampler, num_workers=workers)
+        return [views for _, (views, _) in zip(range(3), loader, strict=False)]
+
+    for a, b in zip(batches(0), batches(2), strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+
+
+def test_views_are_normalised_images(digits):
+    views = torch.stack([v for i in range(64) for v in seeded(digits)[0, i][0]])
+    assert views.shape == (128, 3, 16, 16)
+    assert views.min() >= -2.2  # (0 - mean) / std and (1 - mean) / std of ImageNet
+    assert views.max() <= 2.7
+
+
+def epoch_of(dataset, per_step: int, ranks: int, epoch: int = 0) -> list[list[int]]:
+    """Each rank's indices of an epoch."""
+    shares = []
+    for rank in range(ranks):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("util.datasets.get_world_size", lambda: ranks)
+            patch.setattr("util.datasets.get_rank", lambda rank=rank: rank)
+            sampler = EpochSampler(dataset, per_step, seed=0)
+        sampler.set_epoch(epoch)
+        keys = list(sampler)
+        assert {key[0] for key in keys} == {epoch}
+        assert len(sampler) == len(keys)
+        shares.append([index for _, index in keys])
+    return shares
+
+
+def test_ranks_share_an_epoch_and_leave_out_what_fills_no_step():
+    shares = epoch_of(range(103), per_step=8, ranks=3)
+    assert [len(share) for share in shares] == [32, 32, 32]  # 4 steps of 24; 7 images left out
+    counts = Counter(index for share in shares for index in share)
+    assert set(counts.values()) == {1}
+    assert set(counts) <= set(range(103))
+
+
+def test_a_step_sees_the_same_images_however_many_processes_share_it():
+    one = epoch_of(range(64), per_step=16, ranks=1)[0]
+    two = epoch_of(range(64), per_step=8, ranks=2)
+    for step in range(4):
+        together = two[0][8 * step :][:8] + two[1][8 * step :][:8]
+        assert sorted(together) == sorted(one[16 * step :][:16])
+
+
+def test_epochs_are_shuffled_anew():
+    first, second = (epoch_of(range(64), 16, 1, epoch)[0] for epoch in (0, 1))
+    assert first != second
+    assert sorted(first) == sorted(second) == list(range(64))
+
+
+def test_too_few_images_for_a_step():
+    with pytest.raises(UserError, match="7 images do not fill one step of 8"):
+        epoch_of(range(7), per_step=8, ranks=1)
+
+
+def test_digits_are_split_into_training_and_validation(digits):
+    val = open_dataset("digits", train=False)
+    assert (len(digits), len(val)) == (1437, 360)
+    image, label = digits[0]
+    assert image.size == (8, 8)
+    assert label == digits.targets[0]
+    assert set(digits.targets) == set(val.targets) == set(range(10))
+    seen = {image.tobytes() for image, _ in (digits[i] for i in range(len(digits)))}
+    assert all(val[i][0].tobytes() not in seen for i in range(len(val)))
+
+
+def test_folder_with_train_and_classes(photos):
+    dataset = open_dataset(str(photos), train=True)
+    assert dataset.classes == ["china", "flower"]
+    assert len(dataset) == 48
+    assert len(open_dataset(str(photos), train=False)) == 16
+
+
+def test_folder_of_images_without_classes(tmp_path):
+    for name in ("b.png", "a.jpg", "sub/c.png", "sub/deeper/d.jpeg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not an image")
+    dataset = open_dataset(str(tmp_path), train=True)
+    assert len(dataset) == 4
+    assert {dataset[i][1] for i in range(4)} == {0}
+
+
+def test_a_stray_file_beside_class_folders_does_not_hide_the_classes(tmp_path):
+    for name in ("cat/1.png", "dog/2.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    (tmp_path / "README.txt").touch()
+    assert open_dataset(str(tmp_path), train=True).classes == ["cat", "dog"]
+
+
+def test_torchvision_s_data_sets_by_name(tmp_path, monkeypatch):
+    """CIFAR-10 as torchvision unpacks it, with two images a file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    folder = tmp_path / "data" / datasets.CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    pixels = np.arange(2 * 3072).reshape(2, 3072) % 256
+    for name, _ in datasets.CIFAR10.train_list + datasets.CIFAR10.test_list:
+        batch = {"data": pixels.astype(np.uint8), "labels": [3, 4]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    names = {"label_names": [str(i) for i in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names))
+
+    train, val = (open_dataset("cifar10", train) for train in (True, False))
+    assert (len(train), len(val)) == (10, 2)
+    image, label = train[1]
+    assert (image.size, label) == ((32, 32), 4)
+
+
+def test_every_name_is_constructed_as_torchvision_wants_it(tmp_path, monkeypatch):
+    """Each gets as far as its download, which is refused here."""
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    for module in ("cifar", "mnist", "svhn", "stl10", "food101", "flowers102", "oxford_iiit_pet"):
+        for name in ("download_url", "download_and_extract_archive"):
+            monkeypatch.setattr(f"torchvision.datasets.{module}.{name}", refuse, raising=False)
+    for name in set(NAMED) - {"digits"}:
+        for train in (True, False):
+            with pytest.raises(UserError, match=f"cannot get the data set {name}"):
+                open_dataset(name, train)
+
+
+def test_greyscale_and_palette_images_become_rgb(tmp_path):
+    Image.new("L", (20, 20), 100).save(tmp_path / "grey.png")
+    Image.new("P", (20, 20), 5).save(tmp_path / "palette.png")
+    dataset = seeded(open_dataset(str(tmp_path), train=True))
+    assert [dataset[0, i][0][0].shape for i in range(2)] == [(3, 16, 16)] * 2
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"not a jpeg")
+    dataset = seeded(open_dataset(str(tmp_path), train=True))
+    with pytest.raises(UserError, match=r"broken\.jpg is not a readable image"):
+        dataset[0, 0]
+
+
+def test_two_crops_are_two_draws():
+    draws = iter(range(10))
+    assert TwoCropTransform(lambda image: (image, next(draws)))("x") == [("x", 0), ("x", 1)]
+
+
+@pytest.mark.parametrize("size", [(40, 30), (2, 5), (1, 1)])
+def test_blur_keeps_size_and_mean(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    blurred = GaussianBlur((2.0, 2.0))(image)
+    assert blurred.size == image.size
+    assert np.array(blurred).mean() == pytest.approx(np.array(image).mean(), abs=12)
+    if size == (40, 30):
+        assert np.array(blurred).std() < 0.4 * np.array(image).std()
+
+
+def test_preview_shows_images_of_all_classes(digits):
+    imgs = preview_images(digits, 8, 16)
+    assert imgs.shape == (8, 3, 16, 16)
+    assert len({img.numpy().tobytes() for img in imgs}) == 8
+
+
+def test_nothing_downloaded_is_tracked():
+    assert "data/" in (ROOT / ".gitignore").read_text().splitlines()
