@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
 from loss_contrastive import nt_xent
+from util.checkpoint import Run
 from util.errors import UserError
 from util.logs import RunLog, console_line
 from util.lr_sched import adjust_learning_rate
@@ -55,6 +56,7 @@ def train_one_epoch(
     precision: Precision,
     epoch: int,
     args: argparse.Namespace,
+    run: Run,
     log: RunLog,
 ) -> dict[str, float]:
     """Trains for one epoch and returns its mean metrics over all ranks.
@@ -62,17 +64,20 @@ def train_one_epoch(
     Args:
         loader: of ([view 1, view 2], label) batches, as many as fill whole optimiser steps.
         args: main_pretrain.py's.
+        run: says which steps are done already, and saves within the epoch.
     Raises:
         UserError: a metric is not finite; on every rank at the same step.
+        Stopped: on request, after saving.
     """
     model.train()
-    loader.sampler.set_epoch(epoch)
     device, scaler = precision.device, precision.scaler
     steps = len(loader) // args.accum_iter
     metrics = MetricLogger()
+    steps_done = run.begin_epoch(metrics)
+    loader.sampler.set_epoch(epoch, steps_done)
     begin = time.perf_counter()
 
-    for index, (views, _) in enumerate(metrics.watch(loader)):
+    for index, (views, _) in enumerate(metrics.watch(loader), start=steps_done * args.accum_iter):
         step, part = divmod(index, args.accum_iter)
         if part == 0:
             lr = adjust_learning_rate(optimizer, epoch + step / steps, args)
@@ -97,14 +102,14 @@ def train_one_epoch(
         optimizer.zero_grad()
 
         if (step + 1) % PRINT_FREQ == 0 or step + 1 == steps:
-            done = epoch + (step + 1) / steps
             window = metrics.window() | {"grad_norm": grad_norm.item(), "lr": lr}
             _check_finite(window, epoch, step)
             log.scalars(_tags(window), epoch * steps + step + 1)
-            elapsed = time.perf_counter() - begin
-            left = elapsed / (done - epoch) * (args.epochs - done)
+            per_step = (time.perf_counter() - begin) / (step + 1 - steps_done)
+            left = per_step * ((args.epochs - epoch) * steps - step - 1)
             place = f"epoch {epoch} [{step + 1:{len(str(steps))}}/{steps}]"
             logger.info(console_line(place, left, _terms(window), window, device))
+        run.after_step(epoch, step + 1, metrics)
 
     return metrics.epoch() | {"lr": lr}
 

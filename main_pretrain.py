@@ -42,27 +42,29 @@ def main(args: argparse.Namespace) -> None:
 
     seed_all(args.seed)
     model = build_model(args).to(device)
-    groups = param_groups_weight_decay(model, args.weight_decay, NO_WEIGHT_DECAY)
+    groups = param_groups_weight_decay(
+        model, args.weight_decay, no_weight_decay_list=NO_WEIGHT_DECAY
+    )
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     precision = Precision(args.precision, device)
     if is_main_process():
         describe(args, model, precision, steps_per_epoch)
 
     run = Run(args, model, optimizer=optimizer, scaler=precision.scaler)
-    start_epoch = run.resume()
-    log = RunLog(args, start_epoch, start_epoch * steps_per_epoch)
+    run.resume()
+    log = RunLog(args, run.epoch, run.epoch * steps_per_epoch + run.step)
     preview = preview_images(loader.dataset.dataset, PREVIEW_IMAGES, args.input_size)
 
     if args.compile:
         model.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    for epoch in range(start_epoch, args.epochs):
-        stats = train_one_epoch(ddp, loader, optimizer, precision, epoch, args, log)
-        run.save(epoch)
+    for epoch in range(run.epoch, args.epochs):
+        stats = train_one_epoch(ddp, loader, optimizer, precision, epoch, args, run, log)
         log.epoch({"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()})
         if model.reconstruct and is_main_process():
             grid = reconstruction_grid(model, preview.to(device), args.mask_ratio)
             log.image("reconstruction", grid, (epoch + 1) * steps_per_epoch)
+        run.save(epoch)
     log.close()
 
 

@@ -1,6 +1,7 @@
 """What the tests share: real images, and scripts run as people run them."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,8 +16,11 @@ from sklearn.datasets import load_sample_images
 from torch.multiprocessing import start_processes
 
 from util.distributed import launch
+from util.interrupt import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)  # the models here are too small to share out
 
 # A model and a batch that take milliseconds; `--num_workers 0` saves the loader's processes.
 TINY = ["--model", "mae_vit_tiny_patch4", "--input_size", "8", "--num_workers", "0"]
@@ -59,10 +63,14 @@ def python(*words: str, processes: int = 1, **kwargs) -> subprocess.CompletedPro
 
 def run_main(script: ModuleType, *flags: object) -> int:
     """A script's exit status, run in this process, as its last line runs it."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         launch(script.main, script.get_args_parser().parse_args([str(flag) for flag in flags]))
     except SystemExit as error:
         return error.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
 
 

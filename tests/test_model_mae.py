@@ -259,6 +259,21 @@ def test_exactly_the_trained_parameters_get_gradients(kwargs, frozen):
     assert without == frozen | {"pos_embed", "decoder_pos_embed"}
 
 
+def test_contrast_alone_tells_a_batch_of_images_apart():
+    torch.manual_seed(0)
+    imgs = torch.randn(8, 3, 32, 32)
+    views = torch.cat([imgs, imgs]) + 0.3 * torch.randn(16, 3, 32, 32)
+    model = small(noise_loss=False, reconstruct=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(40):
+        losses = total_loss(model(views, 0.5), objective(weight_simclr=1.0, weight_mae=0.0))
+        losses["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses["contrastive"] < 0.5  # chance is log 15 = 2.7
+    assert losses["contrastive_top1"] > 0.8
+
+
 def test_total_is_the_design_s_weighted_sum():
     parts = {name: torch.tensor(v) for name, v in [("reconstruction", 2.0), ("noise", 3.0)]}
     losses = total_loss(parts, objective())

@@ -70,14 +70,16 @@ def common_flags() -> argparse.ArgumentParser:
         help="images per process and forward pass; the global batch is "
         "batch_size x accum_iter x processes",
     )
-    group.add_argument("--epochs", type=positive)
+    group.add_argument("--epochs", type=positive, help="passes over the data set")
     group.add_argument(
         "--accum_iter",
         type=positive,
         default=1,
         help="forward passes whose gradients are added up for one step",
     )
-    group.add_argument("--weight_decay", type=amount)
+    group.add_argument(
+        "--weight_decay", type=amount, help="of weights; biases, norms and tokens have none"
+    )
     group.add_argument(
         "--lr",
         type=amount,
@@ -125,6 +127,12 @@ def common_flags() -> argparse.ArgumentParser:
         help="epochs between numbered checkpoints; the last epoch's is always kept",
     )
     group.add_argument(
+        "--save_interval",
+        type=number(float, 0, ends="()"),
+        default=15.0,
+        help="minutes between saves of checkpoint-last.pth within an epoch",
+    )
+    group.add_argument(
         "--resume",
         default="",
         metavar="auto|PATH",
@@ -150,7 +158,7 @@ def common_flags() -> argparse.ArgumentParser:
         "else fp32; losses are always fp32",
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the model, in place")
-    group.add_argument("--seed", type=count, default=0)
+    group.add_argument("--seed", type=count, default=0, help="of everything random")
     group.add_argument(
         "--world_size",
         type=positive,

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from util.distributed import from_rank_zero, is_main_process
-from util.errors import UserError
+from util.datasets import global_batch
+from util.distributed import from_rank_zero, get_rank, get_world_size, is_main_process
+from util.errors import Stopped, UserError
+from util.interrupt import Interrupts
+from util.misc import MetricLogger
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +96,14 @@ def load_model(model: nn.Module, weights: dict[str, torch.Tensor], source: str |
 
 
 class Run:
-    """Where one training run's state goes and comes from.
+    """Where one training run's state goes and comes from, and when.
+
+    A checkpoint's `epoch` is the last complete one, `step` the optimiser steps done of the next,
+    `metrics` what each rank has measured in them. Random numbers need no state: they are a
+    function of (seed, epoch, step, rank), see `util.misc.seed_all`.
 
     Args:
-        args: output_dir ('' saves nothing), resume, save_freq, epochs, start_epoch.
+        args: output_dir ('' saves nothing), resume, save_freq, save_interval, epochs, start_epoch.
         model: not wrapped in DDP.
         **states: what else has `state_dict()` and is part of the run: optimizer, scaler, ...
     """
@@ -104,9 +111,12 @@ class Run:
     def __init__(self, args: argparse.Namespace, model: nn.Module, **states: Any):
         self.args, self.model, self.states = args, model, states
         self.folder = Path(args.output_dir) if args.output_dir else None
+        self.epoch, self.step = args.start_epoch, 0
+        self._metrics: list[dict] = []
+        self._interrupts = Interrupts(60 * args.save_interval)
 
-    def resume(self) -> int:
-        """Loads what `--resume` names and returns the epoch to begin with.
+    def resume(self) -> None:
+        """Loads what `--resume` names; `epoch` and `step` are then where to begin.
 
         Raises:
             UserError: no such checkpoint, not a checkpoint, or one of another run.
@@ -116,9 +126,9 @@ class Run:
             path = self.folder / LAST
             if not from_rank_zero(path.exists):
                 logger.info(f"no {path} yet: starting from the beginning")
-                return self.args.start_epoch
+                return
         if not path:
-            return self.args.start_epoch
+            return
         state = load(path)
         load_model(self.model, state["model"], path)
         for name, part in self.states.items():
@@ -128,18 +138,50 @@ class Run:
                 part.load_state_dict(state[name])
             except (ValueError, RuntimeError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{path} cannot be resumed: its {name} state belongs to another "
-                    f"objective or precision ({str(error).splitlines()[0]})"
+                    f"{path} cannot be resumed: its {name} state belongs to another objective or "
+                    f"precision ({str(error).splitlines()[0]})"
                 ) from None
-        logger.info(f"resumed {path} after epoch {state['epoch']}")
-        return state["epoch"] + 1
+        self.epoch = state["epoch"] + 1
+        # In images, so that another number of processes goes on from the same place.
+        self.step = state.get("images", 0) // global_batch(self.args)
+        self._metrics = state.get("metrics", [])
+        logger.info(f"resumed {path}: epoch {self.epoch}, step {self.step}")
+
+    def begin_epoch(self, metrics: MetricLogger) -> int:
+        """The steps of this epoch that are done already; `metrics` takes up what they measured."""
+        step, self.step = self.step, 0
+        if step and len(self._metrics) == get_world_size():
+            metrics.load_state_dict(self._metrics[get_rank()])
+        return step
+
+    def after_step(self, epoch: int, step: int, metrics: MetricLogger) -> None:
+        """Saves within an epoch when the interval is over, or when asked to stop.
+
+        Args:
+            step: optimiser steps done of the epoch.
+        Raises:
+            Stopped: some rank got a signal; on all ranks, after saving.
+        """
+        number, due = self._interrupts.poll()
+        if not (number or due):
+            return
+        states = [None] * get_world_size()
+        torch.distributed.all_gather_object(states, metrics.state_dict())
+        self._write(epoch - 1, images=step * global_batch(self.args), metrics=states)
+        if number:
+            raise Stopped(number)
 
     def save(self, epoch: int) -> None:
         """Saves the state after an epoch: always the last, every save_freq epochs a numbered."""
+        numbered = (epoch + 1) % self.args.save_freq == 0 or epoch + 1 == self.args.epochs
+        names = [LAST, f"checkpoint-{epoch}.pth"] if numbered else [LAST]
+        self._write(epoch, *names)
+
+    def _write(self, epoch: int, *names: str, **position: Any) -> None:
+        self._interrupts.saved()
         if self.folder is None or not is_main_process():
             return
         state = {name: part.state_dict() for name, part in self.states.items()}
         state |= {"model": self.model.state_dict(), "epoch": epoch, "args": vars(self.args)}
-        save(state, self.folder / LAST)
-        if (epoch + 1) % self.args.save_freq == 0 or epoch + 1 == self.args.epochs:
-            save(state, self.folder / f"checkpoint-{epoch}.pth")
+        for name in names or (LAST,):
+            save(state | position, self.folder / name)

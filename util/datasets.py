@@ -1,6 +1,7 @@
 """Image data sets by folder or name, and the order and randomness in which they are seen."""
 
 import argparse
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from torchvision import datasets
 
 from util.distributed import from_rank_zero, get_rank, get_world_size
 from util.errors import UserError
+from util.interrupt import ignore_signals
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -160,11 +162,18 @@ class EpochSampler(DistributedSampler):
                 f"{len(dataset)} images do not fill one step of "
                 f"{per_step * self.num_replicas} (batch_size x accum_iter x processes)"
             )
+        self.per_step, self.steps_done = per_step, 0
         self.num_samples = steps * per_step
         self.total_size = self.num_samples * self.num_replicas
 
+    def set_epoch(self, epoch: int, steps_done: int = 0) -> None:
+        """The epoch to draw next, without its first steps if they are done already."""
+        super().set_epoch(epoch)
+        self.steps_done = steps_done
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in super().__iter__())
+        keys = ((self.epoch, index) for index in super().__iter__())
+        return itertools.islice(keys, self.steps_done * self.per_step, None)
 
 
 def train_loader(
@@ -185,6 +194,7 @@ def train_loader(
         persistent_workers=args.num_workers > 0,
         pin_memory=args.pin_mem and device.type == "cuda",
         drop_last=True,
+        worker_init_fn=ignore_signals,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from util.errors import UserError
+from util.errors import Stopped, UserError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -149,6 +149,9 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         _fail(str(error))
     except torch.OutOfMemoryError:
         _fail("out of GPU memory: lower --batch_size (and raise --accum_iter to match)")
+    except Stopped as stopped:
+        logger.info(f"stopped by {stopped} after saving; --resume auto goes on from here")
+        sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

@@ -19,23 +19,23 @@ class RunLog:
 
     Args:
         args: output_dir and log_dir, made here if need be.
-        start_epoch, start_step: what a resumed run begins with; whatever was logged from there on
-            by the run it goes on from is taken back.
+        epoch, steps: what a resumed run begins with, and the optimiser steps done before it;
+            whatever was logged of later ones is taken back.
     Raises:
         UserError: a folder cannot be made or written to; on every rank.
     """
 
-    def __init__(self, args: argparse.Namespace, start_epoch: int = 0, start_step: int = 0):
+    def __init__(self, args: argparse.Namespace, epoch: int = 0, steps: int = 0):
         self.writer, self.path = None, None
         from_rank_zero(lambda: _make_folders(args.output_dir, args.log_dir))
         if not is_main_process():
             return
         if args.log_dir:
-            self.writer = SummaryWriter(args.log_dir, purge_step=start_step)
+            self.writer = SummaryWriter(args.log_dir, purge_step=steps + 1)
         if args.output_dir:
             self.path = Path(args.output_dir) / "log.txt"
             lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["epoch"] < start_epoch]
+            kept = [line for line in lines if json.loads(line)["epoch"] < epoch]
             self.path.write_text("".join(line + "\n" for line in kept))
 
     def scalars(self, values: dict[str, float], step: int) -> None:

@@ -104,3 +104,13 @@ class MetricLogger:
     def epoch(self) -> dict[str, float]:
         """Means over all windows so far."""
         return self._epoch.means()
+
+    def state_dict(self) -> dict:
+        """What this rank has measured so far, as plain types and tensors."""
+        self._window.seconds = time.perf_counter() - self._since
+        return {"window": dict(vars(self._window)), "epoch": dict(vars(self._epoch))}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up where `state_dict` was taken."""
+        self._window, self._epoch = _Tally(**state["window"]), _Tally(**state["epoch"])
+        self._since = time.perf_counter() - self._window.seconds

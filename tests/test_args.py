@@ -1,0 +1,119 @@
+"""The command line is an interface: names, defaults, and what each combination resolves to."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, the_error
+
+from util.args import pretrain_parser
+
+# name -> default. A change here changes what people's scripts do.
+PRETRAIN_FLAGS = {
+    "accum_iter": 1, "batch_size": 64, "blr": 1e-3, "compile": False, "data_path": "x",
+    "device": None, "dist_on_itp": False, "dist_url": "env://", "epochs": 400, "input_size": 224,
+    "local_negatives": False, "local_rank": -1, "log_dir": "./output_dir", "lr": None,
+    "mask_ratio": 0.5, "min_lr": 0.0, "model": "mae_vit_large_patch16", "noise_loss": True,
+    "norm_pix_loss": False, "num_workers": 10, "output_dir": "./output_dir", "pin_mem": True,
+    "precision": "auto", "resume": "", "save_freq": 20, "save_interval": 15.0,
+    "seed": 0, "start_epoch": 0, "std": 0.05,
+    "warmup_epochs": 40, "weight_decay": 0.05, "weight_mae": 0.97, "weight_noise": 0.3,
+    "weight_simclr": 0.03, "world_size": 1,
+}  # fmt: skip
+
+
+def parse(*flags: str):
+    return pretrain_parser().parse_args(["--data_path", "x", *flags])
+
+
+def test_pretraining_flags_and_defaults():
+    assert vars(parse()) == PRETRAIN_FLAGS
+
+
+def test_every_flag_says_what_it_does():
+    assert [action.dest for action in pretrain_parser()._actions if not action.help] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "noise_loss", "mask_ratio"),
+    [
+        ([], True, 0.5),
+        (["--weight_simclr", "0", "--weight_mae", "1"], False, 0.75),
+        (["--weight_mae", "0"], False, 0.0),
+        (["--no_noise_loss"], False, 0.5),
+        (["--weight_simclr", "0", "--noise_loss", "--mask_ratio", "0.6"], True, 0.6),
+    ],
+    ids=["CAN", "MAE", "SimCLR", "CAN without noise", "MAE with noise"],
+)
+def test_defaults_follow_the_objective(flags, noise_loss, mask_ratio):
+    args = parse(*flags)
+    assert (args.noise_loss, args.mask_ratio) == (noise_loss, mask_ratio)
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
+def test_launchers_spell_the_local_rank_in_two_ways(flag):
+    assert parse(flag).local_rank == 1
+
+
+def test_log_dir_follows_output_dir():
+    assert parse("--output_dir", "a").log_dir == "a"
+    assert parse("--output_dir", "a", "--log_dir", "b").log_dir == "b"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--model resnet50", "mae_vit_base_patch16"),
+        ("--weight_mae -1", "-1 is outside [0, inf)"),
+        ("--weight_simclr nan", "nan is outside [0, inf)"),
+        ("--weight_noise 1.5", "1.5 is outside [0, 1]"),
+        ("--weight_mae 0 --weight_simclr 0", "nothing to learn"),
+        ("--mask_ratio 1", "1 is outside [0, 1)"),
+        ("--mask_ratio -0.1", "-0.1 is outside [0, 1)"),
+        ("--mask_ratio 0.999", "keeps none of 196 patches"),
+        ("--mask_ratio 0", "removes none of 196 patches"),
+        ("--std inf", "inf is outside [0, inf)"),
+        ("--input_size 225", "225 is not a multiple of the patch size 16"),
+        ("--model mae_vit_huge_patch14 --input_size 225", "patch size 14"),
+        ("--batch_size 0", "0 is outside [1, inf)"),
+        ("--batch_size 1.5", "'1.5' is not an integer"),
+        ("--epochs x", "'x' is not an integer"),
+        ("--lr=-1e-3", "outside [0, inf)"),
+        ("--blr abc", "'abc' is not a number"),
+        ("--accum_iter 0", "0 is outside [1, inf)"),
+        ("--num_workers -1", "-1 is outside [0, inf)"),
+        ("--warmup_epochs -1", "-1 is outside [0, inf)"),
+        ("--precision bf8", "'bf8'"),
+        ("--device tpu", "'tpu'"),
+        ("--dist_url localhost:10", "'localhost:10' is none of env://"),
+        ("--world_size 2 --local_rank 2", "--local_rank 2 is not below --world_size 2"),
+        ("--resume auto --output_dir ''", "--resume auto needs an --output_dir"),
+        ("--epochs", "expected one argument"),
+        ("--mask_ratios 0.5", "unrecognized arguments: --mask_ratios"),
+        ("--mask 0.5", "unrecognized arguments: --mask"),
+    ],
+)
+def test_bad_flags_exit_2_with_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as status:
+        parse(*[word.replace("''", "") for word in flags.split()])
+    assert status.value.code == 2
+    assert words in the_error(capsys.readouterr().err)
+
+
+def test_data_path_is_required(capsys):
+    with pytest.raises(SystemExit):
+        pretrain_parser().parse_args([])
+    assert "required: --data_path" in the_error(capsys.readouterr().err)
+
+
+def test_one_rank_speaks_for_all(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as status:
+        parse("--epochs", "0")
+    assert status.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_flags_are_parsed_without_importing_torch():
+    code = "import sys, util.args; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

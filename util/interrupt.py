@@ -1,0 +1,67 @@
+"""Signals and the clock, turned into decisions that all ranks take at the same step."""
+
+import logging
+import signal
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+
+from util.distributed import get_world_size
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Interrupts:
+    """Stop requests of any rank, and rank 0's clock.
+
+    Args:
+        save_interval: seconds between saves within an epoch.
+    """
+
+    def __init__(self, save_interval: float):
+        self.save_interval = save_interval
+        self.saved()
+        self._requested = 0  # the signal that asked this rank to stop
+        # Flags travel over gloo, beside the gradients, and are read one step late: no rank waits.
+        self._group = dist.new_group(backend="gloo") if get_world_size() > 1 else None
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._requested = number
+        if number == signal.SIGINT:  # a second Ctrl-C stops at once
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            logger.warning("saving at the next step, then stopping; Ctrl-C again stops at once")
+
+    def poll(self) -> tuple[int, bool]:
+        """Once per optimiser step, on every rank: the signal to stop for (0: none), save now?
+
+        All ranks get the same answer at the same step.
+        """
+        due = time.monotonic() - self._since >= self.save_interval
+        flags = torch.tensor([self._requested, int(due)])
+        if self._group is None:
+            return self._requested, due
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        pending, self._pending = self._pending, (flags, work)
+        if pending is None:
+            return 0, False
+        flags, work = pending
+        work.wait()
+        return int(flags[0]), bool(flags[1])
+
+    def saved(self) -> None:
+        """Starts the interval to the next save."""
+        self._since = time.monotonic()
+
+
+def ignore_signals(*_: object) -> None:
+    """For loader processes: stopping is their parent's business, whoever gets the signal."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
