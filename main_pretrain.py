@@ -22,6 +22,7 @@ from util.args import pretrain_parser as get_args_parser
 from util.checkpoint import Run
 from util.datasets import global_batch, preview_images, train_loader
 from util.distributed import get_world_size, init_distributed_mode, launch
+from util.errors import UserError
 from util.logs import RunLog
 from util.misc import is_main_process, seed_all
 from util.precision import Precision
@@ -47,8 +48,9 @@ def main(args: argparse.Namespace) -> None:
     )
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     precision = Precision(args.precision, device)
+    negatives = negatives_per_anchor(args)
     if is_main_process():
-        describe(args, model, precision, steps_per_epoch)
+        describe(args, model, precision, steps_per_epoch, negatives)
 
     run = Run(args, model, optimizer=optimizer, scaler=precision.scaler)
     run.resume()
@@ -68,8 +70,24 @@ def main(args: argparse.Namespace) -> None:
     log.close()
 
 
+def negatives_per_anchor(args: argparse.Namespace) -> int:
+    """Other images' views that an embedding is contrasted with: those of one forward pass.
+
+    Raises:
+        UserError: there is none, and the objective wants some.
+    """
+    images = args.batch_size * (1 if args.local_negatives else get_world_size())
+    if images == 1 and args.weight_simclr > 0:
+        raise UserError("--batch_size 1 leaves no other image to contrast with")
+    return 2 * images - 2
+
+
 def describe(
-    args: argparse.Namespace, model: MaskedAutoencoderViT, precision: Precision, steps: int
+    args: argparse.Namespace,
+    model: MaskedAutoencoderViT,
+    precision: Precision,
+    steps: int,
+    negatives: int,
 ) -> None:
     """Prints what will be trained, and warns of what people tend not to want."""
     methods = {(True, True): "CAN", (False, True): "MAE", (True, False): "SimCLR"}
@@ -94,12 +112,11 @@ def describe(
         f"lr {args.lr:.3g}"
     )
     if model.contrastive:
-        contrasted = args.batch_size * (1 if args.local_negatives else get_world_size())
-        logger.info(f"contrast: {2 * contrasted - 2} negatives per anchor")
+        logger.info(f"contrast: {negatives} negatives per anchor")
         if args.accum_iter > 1:
             logger.warning(
-                f"warning: --accum_iter {args.accum_iter} adds up gradients, not "
-                f"negatives: each anchor still sees {2 * contrasted - 2}"
+                f"warning: --accum_iter {args.accum_iter} adds up gradients, not negatives: each "
+                f"anchor still sees {negatives}"
             )
     logger.info(
         f"device: {precision.device.type} x {get_world_size()}, {precision}, "

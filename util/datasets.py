@@ -116,6 +116,20 @@ def open_dataset(data_path: str, train: bool) -> Dataset:
     return dataset
 
 
+def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
+    """An RGB image and its label.
+
+    Raises:
+        UserError: the file is not a readable image; names it.
+    """
+    try:
+        image, label = dataset[index]
+        return image.convert("RGB"), label
+    except (OSError, SyntaxError, ValueError) as error:
+        name = dataset.samples[index][0] if hasattr(dataset, "samples") else f"image {index}"
+        raise UserError(f"{name} is not a readable image ({error})") from None
+
+
 class SeededDataset(Dataset):
     """(epoch, index) -> (augmented image, label), a function of (seed, epoch, index) alone.
 
@@ -130,12 +144,7 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
         epoch, index = key
-        try:
-            image, label = self.dataset[index]
-            image = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            name = getattr(self.dataset, "samples", {index: (index,)})[index][0]
-            raise UserError(f"{name} is not a readable image ({error})") from None
+        image, label = read_image(self.dataset, index)
         words = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
             # not torch.manual_seed, which would reach for the GPU's generators as well
@@ -214,4 +223,4 @@ def preview_images(dataset: Dataset, count: int, input_size: int) -> torch.Tenso
         ]
     )
     indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
-    return torch.stack([transform(dataset[i][0].convert("RGB")) for i in indices])
+    return torch.stack([transform(read_image(dataset, int(i))[0]) for i in indices])
