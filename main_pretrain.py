@@ -15,15 +15,24 @@ import logging
 import torch
 from timm.optim import param_groups_weight_decay
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 
 from engine_pretrain import train_one_epoch
 from model_mae import MaskedAutoencoderViT, build_model
 from util.args import pretrain_parser as get_args_parser
 from util.checkpoint import Run
-from util.datasets import global_batch, preview_images, train_loader
-from util.distributed import get_world_size, init_distributed_mode, launch
+from util.datasets import (
+    SeededDataset,
+    open_dataset,
+    open_labelled,
+    preview_images,
+    train_loader,
+)
+from util.distributed import from_rank_zero, get_world_size, init_distributed_mode, launch
 from util.errors import UserError
-from util.logs import RunLog
+from util.features import encoder_knn
+from util.logs import RunLog, describe_run
+from util.lr_sched import scale_learning_rate
 from util.misc import is_main_process, seed_all
 from util.precision import Precision
 from util.visualize import PREVIEW_IMAGES, reconstruction_grid
@@ -36,10 +45,11 @@ NO_WEIGHT_DECAY = ("cls_token", "mask_token")  # besides biases and norms; posit
 
 def main(args: argparse.Namespace) -> None:
     device = init_distributed_mode(args)
-    loader = train_loader(args, pretrain_transform(args.input_size), device)
+    images, val, _ = from_rank_zero(lambda: open_images(args))
+    data = SeededDataset(images, pretrain_transform(args.input_size), args.seed)
+    loader = train_loader(data, args, device)
     steps_per_epoch = len(loader) // args.accum_iter
-    if args.lr is None:
-        args.lr = args.blr * global_batch(args) / 256
+    scale_learning_rate(args)
 
     seed_all(args.seed)
     model = build_model(args).to(device)
@@ -50,24 +60,38 @@ def main(args: argparse.Namespace) -> None:
     precision = Precision(args.precision, device)
     negatives = negatives_per_anchor(args)
     if is_main_process():
-        describe(args, model, precision, steps_per_epoch, negatives)
+        describe_objective(args, model, negatives)
+        describe_run(args, model, precision, steps_per_epoch)
 
     run = Run(args, model, optimizer=optimizer, scaler=precision.scaler)
     run.resume()
     log = RunLog(args, run.epoch, run.epoch * steps_per_epoch + run.step)
-    preview = preview_images(loader.dataset.dataset, PREVIEW_IMAGES, args.input_size)
+    preview = preview_images(images, PREVIEW_IMAGES, args.input_size)
 
     if args.compile:
         model.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     for epoch in range(run.epoch, args.epochs):
         stats = train_one_epoch(ddp, loader, optimizer, precision, epoch, args, run, log)
-        log.epoch({"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()})
+        line = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
+        step = (epoch + 1) * steps_per_epoch
+        if args.eval_freq and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
+            line["knn_acc1"] = encoder_knn(model.features, images, val, args, precision)
+            log.scalars({"perf/knn_acc1": line["knn_acc1"]}, step)
+            logger.info(f"epoch {epoch}: kNN top-1 {line['knn_acc1']:.2f} %")
+        log.epoch(line)
         if model.reconstruct and is_main_process():
             grid = reconstruction_grid(model, preview.to(device), args.mask_ratio)
-            log.image("reconstruction", grid, (epoch + 1) * steps_per_epoch)
+            log.image("reconstruction", grid, step)
         run.save(epoch)
     log.close()
+
+
+def open_images(args: argparse.Namespace) -> tuple[Dataset, Dataset | None, int | None]:
+    """The images, and where `--eval_freq` asks for them, those for validation, with labels."""
+    if args.eval_freq:
+        return open_labelled(args.data_path)
+    return open_dataset(args.data_path, train=True), None, None
 
 
 def negatives_per_anchor(args: argparse.Namespace) -> int:
@@ -82,34 +106,20 @@ def negatives_per_anchor(args: argparse.Namespace) -> int:
     return 2 * images - 2
 
 
-def describe(
-    args: argparse.Namespace,
-    model: MaskedAutoencoderViT,
-    precision: Precision,
-    steps: int,
-    negatives: int,
+def describe_objective(
+    args: argparse.Namespace, model: MaskedAutoencoderViT, negatives: int
 ) -> None:
-    """Prints what will be trained, and warns of what people tend not to want."""
+    """Prints what the weights amount to, and warns of what people tend not to want."""
     methods = {(True, True): "CAN", (False, True): "MAE", (True, False): "SimCLR"}
     method = methods[model.contrastive, model.reconstruct]
     noise = f"noise up to {args.std}" if model.noise_loss else "no noise"
     share = args.weight_noise if model.noise_loss else 0.0
+    patches = model.patch_embed.num_patches
     logger.info(
         f"objective: {method} = {args.weight_mae * (1 - share):.4g} reconstruction + "
         f"{args.weight_mae * share:.4g} noise + {args.weight_simclr:.4g} contrastive, "
-        f"mask ratio {args.mask_ratio}, {noise}"
-    )
-    patches = model.patch_embed.num_patches
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kept = int(patches * (1 - args.mask_ratio))
-    logger.info(
-        f"model: {args.model}, {parameters / 1e6:.1f} M trained parameters, "
-        f"{kept} of {patches} patches kept"
-    )
-    logger.info(
-        f"batch: {global_batch(args)} images = {args.batch_size} x {args.accum_iter} "
-        f"accumulated x {get_world_size()} processes, {steps} steps per epoch, "
-        f"lr {args.lr:.3g}"
+        f"mask ratio {args.mask_ratio} ({int(patches * (1 - args.mask_ratio))} of {patches} "
+        f"patches kept), {noise}"
     )
     if model.contrastive:
         logger.info(f"contrast: {negatives} negatives per anchor")
@@ -118,15 +128,6 @@ def describe(
                 f"warning: --accum_iter {args.accum_iter} adds up gradients, not negatives: each "
                 f"anchor still sees {negatives}"
             )
-    logger.info(
-        f"device: {precision.device.type} x {get_world_size()}, {precision}, "
-        f"torch {torch.__version__}"
-    )
-    if args.warmup_epochs > args.epochs / 5:
-        logger.warning(
-            f"warning: --warmup_epochs {args.warmup_epochs} is more than a fifth of "
-            f"--epochs {args.epochs}"
-        )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, PatchEmbed
 from torch import Tensor, nn
 
-from util.pos_embed import get_2d_sincos_pos_embed
+from util.init import initialize_encoder, set_positions
 from util.sizes import SIZES
 
 PROJECTION_DIM = 128  # width of the contrastive embedding (design: Linear(D, 128))
@@ -96,19 +96,10 @@ class MaskedAutoencoderViT(nn.Module):
         self._freeze_unused()
 
     def initialize_weights(self) -> None:
-        """MAE's: Xavier-uniform linear layers (the patch embedding too), tokens of std 0.02."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
-        nn.init.normal_(self.cls_token, std=0.02)
+        """MAE's; see `initialize_encoder`. The decoder's alike."""
+        initialize_encoder(self)
         nn.init.normal_(self.mask_token, std=0.02)
-        for embedding in (self.pos_embed, self.decoder_pos_embed):
-            values = get_2d_sincos_pos_embed(
-                embedding.shape[-1], self.patch_embed.grid_size, cls_token=True
-            )
-            embedding.data.copy_(torch.from_numpy(values))
+        set_positions(self.decoder_pos_embed, self.patch_embed.grid_size)
 
     def _freeze_unused(self) -> None:
         """DDP waits for every parameter that wants a gradient: what gets none must not want one."""
@@ -189,6 +180,11 @@ class MaskedAutoencoderViT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x), mask, ids_restore
+
+    def features(self, imgs: Tensor) -> Tensor:
+        """The cls token [N, D] of whole images [N, C, H, W], as the linear probe takes it."""
+        latent, _, _ = self.forward_encoder(imgs, mask_ratio=0.0)
+        return latent[:, 0]
 
     def forward_projection(self, latent: Tensor) -> Tensor:
         """Unit-length contrastive embeddings [N, 128], float32, of latent tokens [N, 1 + K, D]."""

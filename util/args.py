@@ -185,6 +185,57 @@ def common_flags() -> argparse.ArgumentParser:
     return parser
 
 
+def supervised_flags() -> argparse.ArgumentParser:
+    """The flags that fine-tuning and probing share, for `parents=`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("classifier")
+    group.add_argument(
+        "--model",
+        default="vit_large_patch16",
+        metavar="MODEL",
+        choices=[f"vit_{size}" for size in SIZES],
+        help="one of " + ", ".join(f"vit_{size}" for size in SIZES),
+    )
+    group.add_argument(
+        "--finetune",
+        default="",
+        metavar="PATH|URL",
+        help="weights of the encoder: a checkpoint of CAN or MAE, or timm's; '' begins at random",
+    )
+    group.add_argument(
+        "--global_pool",
+        action="store_true",
+        help="classify the mean over patches",
+    )
+    group.add_argument(
+        "--cls_token",
+        action="store_false",
+        dest="global_pool",
+        help="classify the cls token",
+    )
+    group.add_argument(
+        "--nb_classes",
+        type=number(int, 2),
+        default=None,
+        help="number of classes, which the data must have; if not given, what the data has",
+    )
+    group.add_argument(
+        "--val_fraction",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="share of the training images to validate on, instead of val/",
+    )
+    group.add_argument(
+        "--eval", action="store_true", help="evaluate the weights of --resume, and stop"
+    )
+    group.add_argument(
+        "--dist_eval",
+        action="store_true",
+        help="share the validation images among the processes; otherwise each evaluates all",
+    )
+    return parser
+
+
 def check_common(args: argparse.Namespace) -> None:
     """Raises ValueError where flags of `common_flags` contradict each other or `--model`."""
     if args.input_size % patch_size(args.model):
@@ -274,6 +325,12 @@ def pretrain_parser() -> Parser:
         action="store_true",
         help="contrast with this process's images only, as the public release did",
     )
+    group.add_argument(
+        "--eval_freq",
+        type=number(int, 0),
+        default=0,
+        help="epochs between kNN accuracies of the encoder, for images with labels; 0 for none",
+    )
     return parser
 
 
@@ -302,3 +359,145 @@ def check_pretrain(args: argparse.Namespace) -> None:
             f"--mask_ratio {args.mask_ratio} removes none of {patches} patches: "
             "nothing to reconstruct (SimCLR is --weight_mae 0)"
         )
+
+
+def finetune_parser() -> Parser:
+    """The flags of main_finetune.py."""
+    parser = Parser(
+        description="Fine-tuning",
+        parents=[common_flags(), supervised_flags()],
+        check=check_finetune,
+    )
+    parser.set_defaults(
+        epochs=50, weight_decay=0.05, blr=1e-3, min_lr=1e-6, warmup_epochs=5, global_pool=True
+    )
+    share, amount = number(float, 0, 1, "[]"), number(float, 0)
+
+    group = parser.add_argument_group("regularisation")
+    group.add_argument(
+        "--drop_path",
+        type=number(float, 0, 1),
+        default=0.1,
+        help="probability of leaving out the last block; earlier blocks' falls linearly to 0",
+    )
+    group.add_argument(
+        "--clip_grad",
+        type=number(float, 0, ends="()"),
+        default=None,
+        help="largest gradient norm; if not given, gradients are not clipped",
+    )
+    group.add_argument(
+        "--layer_decay",
+        type=number(float, 0, 1, "(]"),
+        default=0.75,
+        help="factor between the learning rates of a layer and the next",
+    )
+    group.add_argument("--smoothing", type=number(float, 0, 1), default=0.1, help="of labels")
+
+    group = parser.add_argument_group("augmentation")
+    group.add_argument(
+        "--color_jitter", type=amount, default=None, help="strength; used only where --aa is ''"
+    )
+    group.add_argument(
+        "--aa",
+        default="rand-m9-mstd0.5-inc1",
+        help="timm's name of a RandAugment or AutoAugment policy; '' for none",
+    )
+    group.add_argument(
+        "--reprob", type=share, default=0.25, help="probability of erasing a rectangle"
+    )
+    group.add_argument(
+        "--remode",
+        choices=("pixel", "rand", "const"),
+        default="pixel",
+        help="what it is filled with: noise by pixel, one random colour, or zero",
+    )
+    group.add_argument("--recount", type=number(int, 1), default=1, help="rectangles at most")
+    group.add_argument(
+        "--resplit",
+        action="store_true",
+        help="accepted for MAE's commands, where it changes nothing either: it concerns batches "
+        "of several augmented copies",
+    )
+    group.add_argument("--mixup", type=amount, default=0.0, help="alpha of mixup; 0 for none")
+    group.add_argument("--cutmix", type=amount, default=0.0, help="alpha of cutmix; 0 for none")
+    group.add_argument(
+        "--cutmix_minmax",
+        type=share,
+        nargs=2,
+        default=None,
+        metavar=("MIN", "MAX"),
+        help="cutmix with a side uniform in this range of the image's, instead of by alpha",
+    )
+    group.add_argument(
+        "--mixup_prob", type=share, default=1.0, help="probability of mixing, where it is on"
+    )
+    group.add_argument(
+        "--mixup_switch_prob",
+        type=share,
+        default=0.5,
+        help="probability of cutmix, where mixup is on too",
+    )
+    group.add_argument(
+        "--mixup_mode",
+        choices=("batch", "pair", "elem"),
+        default="batch",
+        help="what shares one draw: the batch, a pair of images, or none",
+    )
+    return parser
+
+
+def check_supervised(args: argparse.Namespace) -> None:
+    """Raises ValueError where flags of `supervised_flags` contradict each other."""
+    check_common(args)
+    if args.eval and args.resume in ("", "auto"):
+        raise ValueError("--eval needs the weights to evaluate: --resume PATH or URL")
+
+
+def check_finetune(args: argparse.Namespace) -> None:
+    """Raises ValueError for what cannot be trained."""
+    check_supervised(args)
+    if args.cutmix_minmax:
+        low, high = (int(args.input_size * side) for side in args.cutmix_minmax)
+        if low >= high:
+            raise ValueError(
+                f"--cutmix_minmax gives sides from {low} to {high} pixels: no room for a draw"
+            )
+    mixes = args.mixup or args.cutmix or args.cutmix_minmax
+    if mixes and args.batch_size % 2:
+        raise ValueError(
+            f"--batch_size {args.batch_size} is odd: mixup and cutmix need an even one"
+        )
+
+
+def linprobe_parser() -> Parser:
+    """The flags of main_linprobe.py."""
+    parser = Parser(
+        description="Linear probing, and kNN",
+        parents=[common_flags(), supervised_flags()],
+        check=check_linprobe,
+    )
+    parser.set_defaults(
+        batch_size=512, epochs=90, weight_decay=0.0, blr=0.1, min_lr=0.0, warmup_epochs=10
+    )
+    group = parser.add_argument_group("probe")
+    group.add_argument(
+        "--cache_features",
+        action="store_true",
+        help="encode every image once, without augmentation, and train on that",
+    )
+    group.add_argument(
+        "--knn",
+        action="store_true",
+        help="classify by the 20 nearest training images instead, without training, and stop",
+    )
+    return parser
+
+
+def check_linprobe(args: argparse.Namespace) -> None:
+    """Raises ValueError for what cannot be probed."""
+    check_supervised(args)
+    if args.knn and (args.eval or args.resume):
+        raise ValueError("--knn trains nothing: it takes --finetune, not --eval or --resume")
+    if args.batch_size == 1:
+        raise ValueError("--batch_size 1: the probe's BatchNorm needs two images or more")

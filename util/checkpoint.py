@@ -1,25 +1,41 @@
 """Checkpoints: written whole or not at all, read without running what is in them."""
 
 import argparse
+import hashlib
 import logging
+import math
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
+import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from util.datasets import global_batch
 from util.distributed import from_rank_zero, get_rank, get_world_size, is_main_process
 from util.errors import Stopped, UserError
 from util.interrupt import Interrupts
+from util.lr_sched import global_batch
 from util.misc import MetricLogger
+from util.pos_embed import interpolate_pos_embed
 
 logger = logging.getLogger(__name__)
 
 LAST = "checkpoint-last.pth"
+BEST = "checkpoint-best.pth"
+READ_ERRORS = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    zipfile.BadZipFile,
+    safetensors.SafetensorError,
+)
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -45,17 +61,28 @@ def save(state: dict[str, Any], path: Path) -> None:
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def load(source: str | Path) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU: tensors, plain types and `argparse.Namespace` alone.
 
+    Args:
+        source: a path, or a URL (http, https, file), which is downloaded into torch.hub's cache.
+    Returns:
+        At least "model", the tensors by name; also for a file of nothing but tensors, as timm's
+        and `.safetensors` are.
     Raises:
         UserError: no such file, not a checkpoint, or one that holds other classes, which could
             run code; none of it is run.
     """
-    path = Path(path)
+    if str(source).startswith(("http://", "https://", "file://")):
+        from_rank_zero(lambda: _download(source))  # other machines then fetch their own copy
+        path = _download(source)
+    else:
+        path = Path(source)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
+        if path.suffix == ".safetensors":
+            return {"model": safetensors.torch.load_file(path)}
         # The CAN release and MAE store their flags as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -66,21 +93,47 @@ def load(path: str | Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of tensors and plain types; nothing in it "
             f"was run. {reason}".strip()
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except READ_ERRORS as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read checkpoint {path}: {line}") from None
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path} holds no model: expected a dictionary with the key 'model'")
+    if isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()):
+        state = {"model": state}
+    model = state.get("model") if isinstance(state, dict) else None
+    if not isinstance(model, dict) or not all(isinstance(v, Tensor) for v in model.values()):
+        raise UserError(
+            f"{path} holds no model: expected tensors by name, or a dictionary with them as 'model'"
+        )
     return state
 
 
-def load_model(model: nn.Module, weights: dict[str, torch.Tensor], source: str | Path) -> None:
+def _download(url: str) -> Path:
+    """A URL's file in torch.hub's cache, fetched if need be; whole or not at all."""
+    name = Path(urlparse(url).path).name
+    known = re.search(r"-([0-9a-f]{8,})\.", name)  # the hash that torch.hub's names carry
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"  # many are namesakes
+    if not path.is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            logger.info(f"downloading {url} to {path}")
+            torch.hub.download_url_to_file(url, str(path), known and known[1], progress=False)
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: another hash
+            raise UserError(f"cannot download {url}: {error}") from None
+    return path
+
+
+def load_model(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
     """Loads all of a model's tensors.
 
     Raises:
         UserError: a tensor is missing, left over or of another shape; names the first.
     """
-    own = model.state_dict()
+    _check_same(model.state_dict(), weights, source)
+    model.load_state_dict(weights)
+
+
+def _check_same(own: dict[str, Tensor], weights: dict[str, Tensor], source: str | Path) -> None:
+    """Raises UserError unless names and shapes are the same."""
     for name, tensor in own.items():
         if name not in weights:
             raise UserError(f"{source} is of another architecture: it has no {name}")
@@ -92,7 +145,55 @@ def load_model(model: nn.Module, weights: dict[str, torch.Tensor], source: str |
     for name in weights:
         if name not in own:
             raise UserError(f"{source} is of another architecture: {name} has no place here")
-    model.load_state_dict(weights)
+
+
+# What a checkpoint may hold besides the encoder, by the beginnings of names.
+OTHER_PARTS = {
+    "decoder": ("decoder_", "mask_token"),
+    "projection head": ("projection_head.",),
+    "noise conditioning": ("noise_pe_mlp.",),
+    "norm": ("norm.", "fc_norm."),
+    "classifier": ("head.",),
+}
+
+
+def load_encoder(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Loads all of a downstream ViT but its `head`, and says what was used and what was not.
+
+    Position embeddings are resized to the model's grid. A `fc_norm` that the weights lack, as
+    pretrained ones do, stays new, as in MAE.
+
+    Args:
+        weights: a "model" of `load`: of CAN or MAE, pretrained or fine-tuned, or timm's.
+        source: where they come from, for messages.
+    Raises:
+        UserError: a tensor of the encoder is missing or of another shape, or the weights hold one
+            that has no place in it; names the first.
+    """
+    weights = {
+        name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in weights.items()
+    }
+    own = model.state_dict()
+    wanted = {name for name in own if not name.startswith("head.")}
+    if "fc_norm.weight" not in weights and "norm.weight" in weights:
+        wanted -= {"fc_norm.weight", "fc_norm.bias"}
+    interpolate_pos_embed(model, weights)
+
+    left = {name for name in weights if name not in wanted}
+    parts = {
+        part: {name for name in left if name.startswith(beginnings)}
+        for part, beginnings in OTHER_PARTS.items()
+    }
+    expected = {name: own[name] for name in own if name in wanted}
+    others = set().union(*parts.values())
+    encoder = {name: tensor for name, tensor in weights.items() if name not in others}
+    _check_same(expected, encoder, source)
+    model.load_state_dict(own | encoder)
+
+    count = f"{len(encoder)} tensors of the encoder from {source}"
+    unused = ", ".join(f"{part} ({len(names)})" for part, names in parts.items() if names)
+    new = ", ".join(sorted({name.split(".")[0] for name in own if name not in wanted}))
+    logger.info(f"loaded {count}; not used: {unused or 'nothing'}; new: {new or 'nothing'}")
 
 
 class Run:
@@ -101,6 +202,8 @@ class Run:
     A checkpoint's `epoch` is the last complete one, `step` the optimiser steps done of the next,
     `metrics` what each rank has measured in them. Random numbers need no state: they are a
     function of (seed, epoch, step, rank), see `util.misc.seed_all`.
+
+    `best` is the highest score so far.
 
     Args:
         args: output_dir ('' saves nothing), resume, save_freq, save_interval, epochs, start_epoch.
@@ -114,6 +217,7 @@ class Run:
         self.epoch, self.step = args.start_epoch, 0
         self._metrics: list[dict] = []
         self._interrupts = Interrupts(60 * args.save_interval)
+        self.best = -math.inf
 
     def resume(self) -> None:
         """Loads what `--resume` names; `epoch` and `step` are then where to begin.
@@ -145,6 +249,7 @@ class Run:
         # In images, so that another number of processes goes on from the same place.
         self.step = state.get("images", 0) // global_batch(self.args)
         self._metrics = state.get("metrics", [])
+        self.best = state.get("best", self.best)
         logger.info(f"resumed {path}: epoch {self.epoch}, step {self.step}")
 
     def begin_epoch(self, metrics: MetricLogger) -> int:
@@ -171,10 +276,18 @@ class Run:
         if number:
             raise Stopped(number)
 
-    def save(self, epoch: int) -> None:
-        """Saves the state after an epoch: always the last, every save_freq epochs a numbered."""
-        numbered = (epoch + 1) % self.args.save_freq == 0 or epoch + 1 == self.args.epochs
-        names = [LAST, f"checkpoint-{epoch}.pth"] if numbered else [LAST]
+    def save(self, epoch: int, score: float | None = None) -> None:
+        """Saves the state after an epoch: always the last, every save_freq epochs a numbered.
+
+        Args:
+            score: the state with the highest so far is also kept as the best.
+        """
+        names = [LAST]
+        if (epoch + 1) % self.args.save_freq == 0 or epoch + 1 == self.args.epochs:
+            names.append(f"checkpoint-{epoch}.pth")
+        if score is not None and score > self.best:
+            self.best = score
+            names.append(BEST)
         self._write(epoch, *names)
 
     def _write(self, epoch: int, *names: str, **position: Any) -> None:
@@ -182,6 +295,7 @@ class Run:
         if self.folder is None or not is_main_process():
             return
         state = {name: part.state_dict() for name, part in self.states.items()}
-        state |= {"model": self.model.state_dict(), "epoch": epoch, "args": vars(self.args)}
+        state |= {"model": self.model.state_dict(), "epoch": epoch, "best": self.best}
+        state["args"] = vars(self.args)
         for name in names or (LAST,):
             save(state | position, self.folder / name)

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 import torch
 import torchvision.transforms as T
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset
 from torchvision import datasets
 
-from util.distributed import from_rank_zero, get_rank, get_world_size
+from util.crop import RandomResizedCrop
+from util.distributed import get_rank, get_world_size
 from util.errors import UserError
 from util.interrupt import ignore_signals
 
@@ -105,7 +108,10 @@ def open_dataset(data_path: str, train: bool) -> Dataset:
     split = root / ("train" if train else "val")
     if not split.is_dir():
         if not train:
-            raise UserError(f"--data_path {data_path}: no folder val/ in it")
+            raise UserError(
+                f"--data_path {data_path}: no folder val/ in it; --val_fraction 0.1 holds out a "
+                "tenth of the training images instead"
+            )
         split = root
     try:
         dataset = _image_folder(split)
@@ -130,6 +136,73 @@ def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
         raise UserError(f"{name} is not a readable image ({error})") from None
 
 
+def open_labelled(
+    data_path: str, nb_classes: int | None = None, val_fraction: float = 0.0
+) -> tuple[Dataset, Dataset, int]:
+    """Training and validation images with labels, and the number of classes.
+
+    Args:
+        nb_classes: what the data must hold, if given.
+        val_fraction: if not 0, the share of each class's training images to validate on, in place
+            of the data set's own validation images; the same ones every time.
+    Raises:
+        UserError: no labels, one class, different classes for training and validation, another
+            number than nb_classes; or as `open_dataset`.
+    """
+    train = open_dataset(data_path, train=True)
+    classes = _classes(train)
+    if len(classes) < 2:
+        raise UserError(
+            f"--data_path {data_path}: no classes to tell apart: images must lie in two or more "
+            f"class folders, in train/CLASS/"
+        )
+    if nb_classes is not None and nb_classes != len(classes):
+        raise UserError(f"--nb_classes {nb_classes}: {data_path} has {len(classes)} classes")
+    if val_fraction:
+        return *_hold_out(train, val_fraction), len(classes)
+    val = open_dataset(data_path, train=False)
+    if classes != _classes(val):
+        odd = sorted(set(classes) ^ set(_classes(val)))
+        raise UserError(
+            f"--data_path {data_path}: train/ and val/ must hold the same classes, but "
+            f"{len(odd)} are in one alone: {', '.join(odd[:5])}"
+        )
+    return train, val, len(classes)
+
+
+def _labels(dataset: Dataset) -> list[int]:
+    """Every image's label; torchvision's data sets have three names for them."""
+    names = ("targets", "labels", "_labels")
+    return [int(label) for label in next(getattr(dataset, n) for n in names if hasattr(dataset, n))]
+
+
+def _classes(dataset: Dataset) -> list[str]:
+    if hasattr(dataset, "classes"):
+        return list(dataset.classes)
+    return [str(label) for label in sorted(set(_labels(dataset)))]
+
+
+def _hold_out(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
+    """Splits a data set; of every class at least one image goes to either part."""
+    labels = np.array(_labels(dataset))
+    shuffled = np.random.default_rng(0).permutation(len(labels))  # whatever --seed is
+    held_out = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = shuffled[labels[shuffled] == label]
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held_out[members[:count]] = True
+    return _Part(dataset, ~held_out), _Part(dataset, held_out)
+
+
+class _Part(Subset):
+    """The images of a data set that are chosen, with their file names where it has them."""
+
+    def __init__(self, dataset: Dataset, chosen: np.ndarray):
+        super().__init__(dataset, np.flatnonzero(chosen).tolist())
+        if hasattr(dataset, "samples"):
+            self.samples = [dataset.samples[i] for i in self.indices]
+
+
 class SeededDataset(Dataset):
     """(epoch, index) -> (augmented image, label), a function of (seed, epoch, index) alone.
 
@@ -145,7 +218,10 @@ class SeededDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
         epoch, index = key
         image, label = read_image(self.dataset, index)
-        words = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
+        words = np.random.SeedSequence((self.seed, epoch, index)).generate_state(3, np.uint64)
+        # timm's augmentations draw from Python's and NumPy's generators
+        random.seed(int(words[1]))
+        np.random.seed(words[2] >> np.uint64(32))
         with torch.random.fork_rng(devices=[]):
             # not torch.manual_seed, which would reach for the GPU's generators as well
             torch.default_generator.manual_seed(int(words[0]))
@@ -185,42 +261,116 @@ class EpochSampler(DistributedSampler):
         return itertools.islice(keys, self.steps_done * self.per_step, None)
 
 
-def train_loader(
-    args: argparse.Namespace, transform: Callable[[Image.Image], Any], device: torch.device
-) -> DataLoader:
-    """The shuffled, augmented training images; its `sampler` wants `set_epoch`.
+class EvalSampler(Sampler):
+    """All images in order as (0, index), or only this process's share of them.
+
+    The shares do not overlap, and may differ by one image in size.
+    """
+
+    def __init__(self, dataset: Dataset, share: bool):
+        self.indices = range(len(dataset))
+        if share:
+            self.indices = self.indices[get_rank() :: get_world_size()]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((0, index) for index in self.indices)
+
+
+def train_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> DataLoader:
+    """Batches in the order of an `EpochSampler`; its `sampler` wants `set_epoch`.
 
     Args:
-        args: data_path, batch_size, accum_iter, seed, num_workers, pin_mem.
+        dataset: takes (epoch, index), as `SeededDataset` does.
+        args: batch_size, accum_iter, seed, num_workers, pin_mem.
     """
-    dataset = from_rank_zero(lambda: open_dataset(args.data_path, train=True))
     sampler = EpochSampler(dataset, args.batch_size * args.accum_iter, args.seed)
+    return _loader(dataset, sampler, args, device)
+
+
+def eval_loader(
+    dataset: Dataset, args: argparse.Namespace, device: torch.device, share: bool
+) -> DataLoader:
+    """Batches of an `EvalSampler`; else as `train_loader`."""
+    return _loader(dataset, EvalSampler(dataset, share), args, device)
+
+
+def _loader(
+    dataset: Dataset, sampler: Sampler, args: argparse.Namespace, device: torch.device
+) -> DataLoader:
     return DataLoader(
-        SeededDataset(dataset, transform, args.seed),
+        dataset,
         batch_size=args.batch_size,
         sampler=sampler,
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
         pin_memory=args.pin_mem and device.type == "cuda",
-        drop_last=True,
         worker_init_fn=ignore_signals,
     )
 
 
-def global_batch(args: argparse.Namespace) -> int:
-    """Images per optimiser step, over all processes."""
-    return args.batch_size * args.accum_iter * get_world_size()
+def eval_transform(input_size: int, crop: float | None = None) -> T.Compose:
+    """From a PIL image to [3, input_size, input_size]: resized, centre crop, normalised.
 
-
-def preview_images(dataset: Dataset, count: int, input_size: int) -> torch.Tensor:
-    """Images [count, 3, input_size, input_size] spread over a data set, normalised, as they are."""
-    transform = T.Compose(
+    Args:
+        crop: the crop's side as a share of the resized image's shorter side; None for MAE's,
+            224/256 up to 224 pixels, all of it beyond.
+    """
+    if crop is None:
+        crop = 224 / 256 if input_size <= 224 else 1.0
+    return T.Compose(
         [
-            T.Resize(input_size, T.InterpolationMode.BICUBIC),
+            T.Resize(int(input_size / crop), T.InterpolationMode.BICUBIC),
             T.CenterCrop(input_size),
             T.ToTensor(),
             T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
+
+
+def probe_transform(input_size: int) -> T.Compose:
+    """The linear probe's weak augmentation, from a PIL image to [3, input_size, input_size]."""
+    return T.Compose(
+        [
+            RandomResizedCrop(input_size, interpolation=T.InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(),
+            T.ToTensor(),
+            T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+
+
+def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
+    """Fine-tuning's transform, from a PIL image to [3, input_size, input_size].
+
+    Args:
+        args: input_size; for training also color_jitter, aa, reprob, remode, recount.
+    Raises:
+        UserError: --aa is no policy of timm's.
+    """
+    if not is_train:
+        return eval_transform(args.input_size)
+    try:
+        return create_transform(
+            args.input_size,
+            is_training=True,
+            color_jitter=args.color_jitter,
+            auto_augment=args.aa or None,
+            interpolation="bicubic",
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(f"--aa {args.aa} is no augmentation policy of timm's: {error}") from None
+
+
+def preview_images(dataset: Dataset, count: int, input_size: int) -> torch.Tensor:
+    """Images [count, 3, input_size, input_size] spread over a data set, normalised, as they are."""
+    transform = eval_transform(input_size, crop=1.0)
     indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
     return torch.stack([transform(read_image(dataset, int(i))[0]) for i in indices])

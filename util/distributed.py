@@ -125,10 +125,34 @@ def from_rank_zero(make: Callable[[], T]) -> T:
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The mean over all ranks of a tensor, which is overwritten."""
+    return sum_over_ranks(values).div_(get_world_size())
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks of a tensor, which is overwritten."""
     if get_world_size() > 1:
         dist.all_reduce(values)
-        values /= get_world_size()
     return values
+
+
+def broadcast_buffers(model: torch.nn.Module) -> None:
+    """Gives every rank rank 0's buffers, such as BatchNorm's statistics."""
+    if get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def gather_rows(rows: torch.Tensor, total: int) -> torch.Tensor:
+    """All ranks' rows, where rank r of W holds the rows r, r + W, ... of `total`."""
+    world_size = get_world_size()
+    if world_size == 1:
+        return rows
+    most = -(-total // world_size)
+    padded = rows.new_zeros(most, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(gathered, padded)
+    return torch.stack(gathered, dim=1).flatten(0, 1)[:total]
 
 
 def _first_to_report() -> bool:

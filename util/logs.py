@@ -3,15 +3,20 @@
 import argparse
 import datetime
 import json
+import logging
 import resource
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from util.distributed import from_rank_zero, is_main_process
+from util.distributed import from_rank_zero, get_world_size, is_main_process
 from util.errors import UserError
+from util.lr_sched import global_batch
+from util.precision import Precision
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -70,6 +75,28 @@ def _make_folders(*folders: str) -> None:
             (Path(folder) / ".writable").unlink()
         except OSError as error:
             raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from None
+
+
+def describe_run(
+    args: argparse.Namespace, model: nn.Module, precision: Precision, steps_per_epoch: int
+) -> None:
+    """Prints what will be trained how, and warns of a warm-up that takes most of the run."""
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info(f"model: {args.model}, {parameters / 1e6:.4g} M trained parameters")
+    logger.info(
+        f"batch: {global_batch(args)} images = {args.batch_size} x {args.accum_iter} "
+        f"accumulated x {get_world_size()} processes, {steps_per_epoch} steps per epoch, "
+        f"lr {args.lr:.3g}"
+    )
+    logger.info(
+        f"device: {precision.device.type} x {get_world_size()}, {precision}, "
+        f"torch {torch.__version__}"
+    )
+    if args.warmup_epochs > args.epochs / 5:
+        logger.warning(
+            f"warning: --warmup_epochs {args.warmup_epochs} is more than a fifth of "
+            f"--epochs {args.epochs}"
+        )
 
 
 def console_line(

@@ -5,6 +5,19 @@ import math
 
 import torch
 
+from util.distributed import get_world_size
+
+
+def global_batch(args: argparse.Namespace) -> int:
+    """Images per optimiser step, over all processes."""
+    return args.batch_size * args.accum_iter * get_world_size()
+
+
+def scale_learning_rate(args: argparse.Namespace) -> None:
+    """Sets `lr`, where it is not given, to blr x global batch / 256 (Goyal et al. 2017)."""
+    if args.lr is None:
+        args.lr = args.blr * global_batch(args) / 256
+
 
 def adjust_learning_rate(
     optimizer: torch.optim.Optimizer, epoch: float, args: argparse.Namespace

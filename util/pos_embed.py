@@ -3,7 +3,11 @@
 Shapes: D channels, H x W grid of patches, L = H * W.
 """
 
+import math
+
 import numpy as np
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
 
 
 def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.ndarray:
@@ -36,3 +40,20 @@ def get_2d_sincos_pos_embed(
         [get_1d_sincos_pos_embed_from_grid(embed_dim // 2, pos) for pos in (column, row)], axis=1
     )
     return np.concatenate([np.zeros((1, embed_dim)), embedding]) if cls_token else embedding
+
+
+def interpolate_pos_embed(model: nn.Module, checkpoint_model: dict[str, Tensor]) -> None:
+    """Resizes a checkpoint's `pos_embed`, of a square grid, to the model's; bicubic, as in MAE.
+
+    Args:
+        model: has `pos_embed` [1, 1 + L, D] and `patch_embed.grid_size`.
+        checkpoint_model: changed in place; left alone where its `pos_embed` is of no square grid.
+    """
+    positions = checkpoint_model.get("pos_embed")
+    if positions is None or positions.ndim != 3 or positions.shape == model.pos_embed.shape:
+        return
+    side = math.isqrt(max(positions.shape[1] - 1, 0))
+    if side > 0 and 1 + side**2 == positions.shape[1]:
+        checkpoint_model["pos_embed"] = resample_abs_pos_embed(
+            positions, model.patch_embed.grid_size, antialias=False
+        )

@@ -31,6 +31,11 @@ SIZES = {
 }
 
 
+def size_name(model: str) -> str:
+    """The key in `SIZES` of a model's full name, `mae_vit_<size>` or `vit_<size>`."""
+    return model.removeprefix("mae_").removeprefix("vit_")
+
+
 def patch_size(model: str) -> int:
-    """Patch size in pixels of a model by its full name, `mae_vit_<size>` or `vit_<size>`."""
-    return SIZES[model.removeprefix("mae_").removeprefix("vit_")].patch_size
+    """Patch size in pixels of a model by its full name."""
+    return SIZES[size_name(model)].patch_size

@@ -1,0 +1,202 @@
+"""Supervised training: set-up, an epoch, evaluation, the run; for fine-tuning and probing."""
+
+import argparse
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+from util.checkpoint import Run, load, load_encoder, load_model
+from util.datasets import SeededDataset, eval_loader, eval_transform, open_labelled
+from util.distributed import (
+    broadcast_buffers,
+    from_rank_zero,
+    init_distributed_mode,
+    is_main_process,
+    sum_over_ranks,
+)
+from util.epoch import run_epoch
+from util.logs import RunLog, describe_run
+from util.lr_sched import scale_learning_rate
+from util.misc import seed_all
+from util.precision import Precision
+
+logger = logging.getLogger(__name__)
+
+TOP5_CLASSES = 6  # below, the five best are all, or all but none
+
+
+@dataclass
+class Task:
+    """What fine-tuning and probing begin with: images with labels, and a model with weights."""
+
+    train: Dataset  # of (PIL image, label) pairs, as val is
+    val: Dataset
+    val_loader: DataLoader
+    model: nn.Module
+    precision: Precision
+
+
+def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], nn.Module]) -> Task:
+    """Joins the process group, opens the data, builds the model and loads `--finetune`'s weights.
+
+    With `--eval` the weights are all of `--resume`'s.
+
+    Args:
+        build: the model for the flags and a number of classes, on the CPU.
+    Raises:
+        UserError: weights or data are not as the flags say.
+    """
+    device = init_distributed_mode(args)
+    source = args.resume if args.eval else args.finetune
+    weights = load(source)["model"] if source else None
+    train, val, classes = from_rank_zero(
+        lambda: open_labelled(args.data_path, args.nb_classes, args.val_fraction)
+    )
+    val_data = SeededDataset(val, eval_transform(args.input_size), args.seed)
+    val_loader = eval_loader(val_data, args, device, share=args.dist_eval)
+
+    seed_all(args.seed)
+    model = build(args, classes)
+    if weights is None:
+        logger.info("encoder: random, since --finetune names no weights")
+    elif args.eval:
+        load_model(model, weights, source)
+    else:
+        load_encoder(model, weights, source)
+    scale_learning_rate(args)
+    return Task(train, val, val_loader, model.to(device), Precision(args.precision, device))
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, with label smoothing; None where no flag asks for them."""
+    if not (args.mixup or args.cutmix or args.cutmix_minmax):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def train_one_epoch(
+    model: DistributedDataParallel,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    epoch: int,
+    args: argparse.Namespace,
+    log: RunLog,
+    mixup: Mixup | None = None,
+) -> dict[str, float]:
+    """Trains for one epoch and returns its mean metrics over all ranks; raises as `run_epoch`.
+
+    Args:
+        model: from the loader's inputs (images, or features already computed) to logits.
+        loader: of (input, label) batches, as many as fill whole optimiser steps.
+        args: main_finetune.py's or main_linprobe.py's.
+        mixup: smooths labels itself; without it `--smoothing` does.
+    """
+    smoothing = 0.0 if mixup else getattr(args, "smoothing", 0.0)
+
+    def losses(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        inputs, labels = (part.to(precision.device, non_blocking=True) for part in batch)
+        if mixup:
+            inputs, labels = mixup(inputs, labels)
+        with precision.autocast():
+            logits = model(inputs)
+        return {"loss": F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)}
+
+    def words(window: dict[str, float]) -> list[str]:
+        return [f"loss {window['loss']:.4f}"]
+
+    clip_grad = getattr(args, "clip_grad", None)
+    return run_epoch(
+        model, loader, optimizer, precision, epoch, args, log, losses, words, clip_grad
+    )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DataLoader, precision: Precision) -> dict[str, float]:
+    """Mean loss, top-1 and, from 6 classes on, top-5 accuracy in percent: `loss, acc1, acc5`.
+
+    Every process counts the images of its loader, and the counts are added up: exact for loaders
+    that share the images without overlap, and for loaders that each hold all of them.
+
+    Args:
+        model: not wrapped in DDP, so that processes may see different numbers of batches.
+        loader: of (input, label) batches, such as `eval_loader`'s.
+    """
+    broadcast_buffers(model)  # each process's BatchNorm has seen other images
+    model.eval()
+    classes = 0
+    sums = torch.zeros(4, dtype=torch.float64, device=precision.device)
+    for batch in loader:
+        inputs, labels = (part.to(precision.device, non_blocking=True) for part in batch)
+        with precision.autocast():
+            logits = model(inputs)
+        logits, classes = logits.float(), logits.shape[1]
+        loss = F.cross_entropy(logits, labels, reduction="none").double()
+        hits = logits.topk(min(5, classes)).indices == labels[:, None]
+        sums += torch.stack([loss.sum(), hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(loss))])
+    loss, top1, top5, images = sum_over_ranks(sums).tolist()
+    scores = {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
+    if classes < TOP5_CLASSES:
+        del scores["acc5"]
+    return scores
+
+
+def report(model: nn.Module, loader: DataLoader, precision: Precision) -> None:
+    """`--eval`: evaluates and prints one line."""
+    logger.info(summary(evaluate(model, loader, precision)))
+
+
+def summary(scores: dict[str, float]) -> str:
+    """The scores of `evaluate` for people."""
+    top5 = f"top-5 {scores['acc5']:.2f} %, " if "acc5" in scores else ""
+    return f"top-1 {scores['acc1']:.2f} %, {top5}loss {scores['loss']:.4f}"
+
+
+def fit(
+    model: nn.Module,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    run: Run,
+    start_epoch: int,
+    args: argparse.Namespace,
+    mixup: Mixup | None = None,
+) -> None:
+    """Trains to the last epoch; evaluates, saves and logs after each.
+
+    Args:
+        model: from the loaders' inputs to logits; all or part of what `run` saves.
+    """
+    steps_per_epoch = len(train_loader) // args.accum_iter
+    if is_main_process():
+        describe_run(args, model, precision, steps_per_epoch)
+    log = RunLog(args, start_epoch, start_epoch * steps_per_epoch)
+    if args.compile:
+        model.compile()
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    for epoch in range(start_epoch, args.epochs):
+        stats = train_one_epoch(ddp, train_loader, optimizer, precision, epoch, args, log, mixup)
+        scores = evaluate(model, val_loader, precision)
+        run.save(epoch, score=scores["acc1"])
+        logger.info(f"epoch {epoch}: {summary(scores)}; best top-1 {run.best:.2f} %")
+        scores = {f"test_{name}": value for name, value in scores.items()}
+        log.scalars({f"perf/{k}": v for k, v in scores.items()}, (epoch + 1) * steps_per_epoch)
+        log.epoch({"epoch": epoch} | {f"train_{k}": v for k, v in stats.items()} | scores)
+    log.close()

@@ -1,0 +1,42 @@
+"""Fine-tuning: trains a pretrained encoder and a classifier together.
+
+On ImageNet with MAE's recipe for ViT-B, 1024 images per step:
+
+    torchrun --nproc_per_node=8 main_finetune.py --data_path IMAGENET --model vit_base_patch16 \\
+        --finetune output_dir/checkpoint-49.pth --batch_size 32 --accum_iter 4 --epochs 100 \\
+        --blr 5e-4 --layer_decay 0.65 --mixup 0.8 --cutmix 1.0 --dist_eval
+"""
+
+import argparse
+
+import torch
+
+from engine_finetune import build_mixup, fit, report, set_up
+from model_vit import build_model
+from util.args import finetune_parser as get_args_parser
+from util.checkpoint import Run
+from util.datasets import SeededDataset, build_transform, train_loader
+from util.distributed import launch
+from util.lr_decay import param_groups_lrd
+
+
+def main(args: argparse.Namespace) -> None:
+    train_transform = build_transform(True, args)
+    task = set_up(args, build_model)
+    model, precision = task.model, task.precision
+    if args.eval:
+        report(model, task.val_loader, precision)
+        return
+
+    groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    run = Run(args, model, optimizer=optimizer, scaler=precision.scaler)
+    start_epoch = run.resume()
+    train_data = SeededDataset(task.train, train_transform, args.seed)
+    loader = train_loader(train_data, args, precision.device)
+    mixup = build_mixup(args, model.num_classes)
+    fit(model, loader, task.val_loader, optimizer, precision, run, start_epoch, args, mixup)
+
+
+if __name__ == "__main__":
+    launch(main, get_args_parser().parse_args())

@@ -1,0 +1,109 @@
+"""The downstream ViT, on timm's, with the parameter names of pretraining's encoder.
+
+Shapes: N images, C channels, H x W pixels, D encoder width.
+"""
+
+import argparse
+from functools import partial
+
+import timm.models.vision_transformer
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from util.init import initialize_encoder
+from util.sizes import SIZES, size_name
+
+NORM_LAYER = partial(nn.LayerNorm, eps=1e-6)  # MAE's
+
+
+class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
+    """A classifier of the cls token, or of the mean patch token.
+
+    Args:
+        global_pool: classify the mean over patches (without cls) instead of the cls token.
+        fc_norm: normalise after pooling, with a norm of its own, instead of before it; None does
+            so with `global_pool`, as MAE fine-tunes.
+        **kwargs: timm's.
+    """
+
+    def __init__(self, global_pool: bool = False, fc_norm: bool | None = None, **kwargs):
+        kwargs.setdefault("norm_layer", NORM_LAYER)
+        pool = "avg" if global_pool else "token"
+        super().__init__(global_pool=pool, fc_norm=fc_norm, **kwargs)
+        initialize_encoder(self)
+
+    def features(self, imgs: Tensor) -> Tensor:
+        """What the head classifies, [N, D], of images [N, C, H, W]."""
+        return self.forward_head(self.forward_features(imgs), pre_logits=True)
+
+
+class LinearProbe(VisionTransformer):
+    """A frozen encoder, with the pretrained norm also under `global_pool`, and a linear classifier.
+
+    The features are standardised by a BatchNorm without parameters (MAE, appendix A.1).
+    """
+
+    def __init__(self, num_classes: int, **kwargs):
+        super().__init__(num_classes=0, fc_norm=False, **kwargs)
+        self.requires_grad_(False)
+        self.head = nn.Sequential(
+            nn.BatchNorm1d(self.embed_dim, affine=False, eps=1e-6),
+            nn.Linear(self.embed_dim, num_classes),
+        )
+        _initialize_head(self.head[1], std=0.01)
+        self.train()
+
+    @torch.no_grad()
+    def features(self, imgs: Tensor) -> Tensor:
+        return super().features(imgs)
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        return self.head(self.features(imgs))
+
+    def train(self, mode: bool = True) -> "LinearProbe":
+        """Sets the head's mode; the encoder stays in evaluation mode."""
+        super().train(False)
+        self.head.train(mode)
+        self.training = mode
+        return self
+
+
+def _initialize_head(head: nn.Linear, std: float) -> None:
+    trunc_normal_(head.weight, std=std)
+    nn.init.zeros_(head.bias)
+
+
+def _sized(name: str) -> partial:
+    return partial(VisionTransformer, **SIZES[name].encoder())
+
+
+vit_tiny_patch4 = _sized("tiny_patch4")
+vit_tiny_patch16 = _sized("tiny_patch16")
+vit_small_patch16 = _sized("small_patch16")
+vit_base_patch16 = _sized("base_patch16")
+vit_large_patch16 = _sized("large_patch16")
+vit_huge_patch14 = _sized("huge_patch14")
+
+
+def build_model(args: argparse.Namespace, num_classes: int) -> VisionTransformer:
+    """The classifier that main_finetune.py's flags describe."""
+    model = VisionTransformer(
+        **SIZES[size_name(args.model)].encoder(),
+        img_size=args.input_size,
+        global_pool=args.global_pool,
+        drop_path_rate=args.drop_path,
+        num_classes=num_classes,
+    )
+    _initialize_head(model.head, std=2e-5)
+    return model
+
+
+def build_probe(args: argparse.Namespace, num_classes: int) -> LinearProbe:
+    """The probe that main_linprobe.py's flags describe."""
+    return LinearProbe(
+        **SIZES[size_name(args.model)].encoder(),
+        img_size=args.input_size,
+        global_pool=args.global_pool,
+        num_classes=num_classes,
+    )

@@ -1,0 +1,112 @@
+"""One epoch of any training: schedule, accumulation of gradients, steps, metrics."""
+
+import argparse
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.data import DataLoader
+
+from util.checkpoint import Run
+from util.errors import UserError
+from util.logs import RunLog, console_line
+from util.lr_sched import adjust_learning_rate
+from util.misc import MetricLogger, get_rank, seed_all
+from util.precision import Precision
+
+logger = logging.getLogger(__name__)
+
+PRINT_FREQ = 20  # optimiser steps between console lines
+
+
+def run_epoch(
+    model: DistributedDataParallel,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    epoch: int,
+    args: argparse.Namespace,
+    run: Run,
+    log: RunLog,
+    losses: Callable[[Any], dict[str, Tensor]],
+    words: Callable[[dict[str, float]], list[str]],
+    clip_grad: float | None = None,
+) -> dict[str, float]:
+    """Trains for one epoch and returns its mean metrics over all ranks.
+
+    Args:
+        loader: as many batches as fill whole optimiser steps.
+        args: accum_iter, seed, epochs, and what the learning rate's schedule needs.
+        run: says which steps are done already, and saves within the epoch.
+        losses: of a batch, the scalar to minimise as `loss`, and others to report.
+        words: what the console shows of a window's metrics.
+        clip_grad: the largest gradient norm, beyond which gradients are scaled down.
+    Raises:
+        UserError: a metric is not finite; on every rank at the same step.
+        Stopped: on request, after saving.
+    """
+    model.train()
+    device, scaler = precision.device, precision.scaler
+    steps = len(loader) // args.accum_iter
+    metrics = MetricLogger()
+    steps_done = run.begin_epoch(metrics)
+    loader.sampler.set_epoch(epoch, steps_done)
+    begin = time.perf_counter()
+
+    for index, batch in enumerate(metrics.watch(loader), start=steps_done * args.accum_iter):
+        step, part = divmod(index, args.accum_iter)
+        if part == 0:
+            lr = adjust_learning_rate(optimizer, epoch + step / steps, args)
+        seed_all(args.seed, epoch, index, get_rank())
+
+        complete = part + 1 == args.accum_iter
+        with contextlib.nullcontext() if complete else model.no_sync():
+            values = losses(batch)
+            scaler.scale(values["loss"] / args.accum_iter).backward()
+        metrics.update(loader.batch_size, **values)
+        if not complete:
+            continue
+
+        scaler.unscale_(optimizer)
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        grad_norm = get_total_norm([p.grad for p in parameters], foreach=True)
+        if clip_grad is not None:
+            clip_grads_with_norm_(parameters, clip_grad, grad_norm, foreach=True)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        if (step + 1) % PRINT_FREQ == 0 or step + 1 == steps:
+            window = metrics.window() | {"grad_norm": grad_norm.item(), "lr": lr}
+            _check_finite(window, epoch, step)
+            log.scalars(_tags(window), epoch * steps + step + 1)
+            per_step = (time.perf_counter() - begin) / (step + 1 - steps_done)
+            left = per_step * ((args.epochs - epoch) * steps - step - 1)
+            place = f"epoch {epoch} [{step + 1:{len(str(steps))}}/{steps}]"
+            logger.info(console_line(place, left, words(window), window, device))
+        run.after_step(epoch, step + 1, metrics)
+
+    return metrics.epoch() | {"lr": lr}
+
+
+def _check_finite(window: dict[str, float], epoch: int, step: int) -> None:
+    # The means are over all ranks, and so the same on all: they stop together.
+    for name, value in window.items():
+        if not math.isfinite(value) and name != "grad_norm":  # fp16 may overflow now and then
+            raise UserError(
+                f"{name} is {value} at epoch {epoch}, step {step + 1}, "
+                f"lr {window['lr']:.3g}; the last checkpoint is from before"
+            )
+
+
+def _tags(window: dict[str, float]) -> dict[str, float]:
+    """TensorBoard's names: noise prediction stands beside the value of predicting zero."""
+    losses = ("loss", "reconstruction", "contrastive", "noise", "noise_zero")
+    return {f"{'loss' if name in losses else 'train'}/{name}": v for name, v in window.items()}

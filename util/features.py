@@ -1,0 +1,93 @@
+"""A data set's features under a frozen encoder, and k-nearest-neighbour classification of them.
+
+Shapes: M images, D feature width, k neighbours.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from util.datasets import SeededDataset, eval_loader, eval_transform
+from util.distributed import gather_rows, get_rank, get_world_size, sum_over_ranks
+from util.precision import Precision
+
+# Of the weighted vote (Wu et al. 2018), with the k of DINO (Caron et al. 2021).
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+CHUNK = 1024  # images that vote at once: bounds the memory for their similarities
+
+
+@dataclass
+class Features(Dataset):
+    """All images' `features` [M, D], float32, and `labels` [M], the same on every process."""
+
+    features: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        _, index = key  # as `SeededDataset`'s, whose place it takes
+        return self.features[index], self.labels[index]
+
+    def cpu(self) -> "Features":
+        return Features(self.features.cpu(), self.labels.cpu())
+
+
+@torch.no_grad()
+def encode(
+    encoder: Callable[[Tensor], Tensor],
+    dataset: Dataset,
+    args: argparse.Namespace,
+    precision: Precision,
+) -> Features:
+    """The features of all images of a data set, resized and centre-cropped; on the device.
+
+    Args:
+        encoder: from images [N, C, H, W] to features [N, D].
+        dataset: of (PIL image, label) pairs; the processes share the work.
+        args: input_size, seed, batch_size, num_workers, pin_mem.
+    """
+    images = SeededDataset(dataset, eval_transform(args.input_size), args.seed)
+    features, labels = [], []
+    for batch, batch_labels in eval_loader(images, args, precision.device, share=True):
+        with precision.autocast():
+            features.append(encoder(batch.to(precision.device, non_blocking=True)).float())
+        labels.append(batch_labels.to(precision.device))
+    total = len(dataset)
+    return Features(gather_rows(torch.cat(features), total), gather_rows(torch.cat(labels), total))
+
+
+def knn_accuracy(train: Features, val: Features, k: int = NEIGHBOURS) -> float:
+    """Top-1 accuracy in percent; each neighbour votes with exp(cosine similarity / 0.07).
+
+    The processes share the images of `val`; k is lowered to the number of images in `train`.
+    """
+    reference = F.normalize(train.features, dim=1)
+    share = slice(get_rank(), None, get_world_size())
+    queries, answers = F.normalize(val.features[share], dim=1), val.labels[share]
+    classes = int(train.labels.max()) + 1
+    correct = torch.zeros((), dtype=torch.int64, device=reference.device)
+    for query, answer in zip(queries.split(CHUNK), answers.split(CHUNK), strict=True):
+        nearest = (query @ reference.T).topk(min(k, len(reference)))
+        votes = query.new_zeros(len(query), classes)
+        votes.scatter_add_(1, train.labels[nearest.indices], (nearest.values / TEMPERATURE).exp())
+        correct += (votes.argmax(dim=1) == answer).sum()
+    return 100 * sum_over_ranks(correct).item() / len(val)
+
+
+def encoder_knn(
+    encoder: Callable[[Tensor], Tensor],
+    train: Dataset,
+    val: Dataset,
+    args: argparse.Namespace,
+    precision: Precision,
+) -> float:
+    """Accuracy in percent on the images of `val` with those of `train` as neighbours."""
+    return knn_accuracy(*(encode(encoder, part, args, precision) for part in (train, val)))
