@@ -128,11 +128,11 @@ def load_model(model: nn.Module, weights: dict[str, Tensor], source: str | Path)
     Raises:
         UserError: a tensor is missing, left over or of another shape; names the first.
     """
-    _check_same(model.state_dict(), weights, source)
+    check_same(model.state_dict(), weights, source)
     model.load_state_dict(weights)
 
 
-def _check_same(own: dict[str, Tensor], weights: dict[str, Tensor], source: str | Path) -> None:
+def check_same(own: dict[str, Tensor], weights: dict[str, Tensor], source: str | Path) -> None:
     """Raises UserError unless names and shapes are the same."""
     for name, tensor in own.items():
         if name not in weights:
@@ -152,16 +152,29 @@ OTHER_PARTS = {
     "decoder": ("decoder_", "mask_token"),
     "projection head": ("projection_head.",),
     "noise conditioning": ("noise_pe_mlp.",),
-    "norm": ("norm.", "fc_norm."),
     "classifier": ("head.",),
 }
+
+
+def encoder_part(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The encoder's tensors, and how many there are of each other part."""
+    encoder, others = {}, {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("module.").removeprefix("_orig_mod.")  # left by DDP, compile
+        for part, beginnings in OTHER_PARTS.items():
+            if name.startswith(beginnings):
+                others[part] = others.get(part, 0) + 1
+                break
+        else:
+            encoder[name] = tensor
+    return encoder, others
 
 
 def load_encoder(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
     """Loads all of a downstream ViT but its `head`, and says what was used and what was not.
 
-    Position embeddings are resized to the model's grid. A `fc_norm` that the weights lack, as
-    pretrained ones do, stays new, as in MAE.
+    Position embeddings are resized to the model's grid. Where the model has a `fc_norm` and the
+    weights have none, as pretrained ones do, it stays new and their `norm` is left, as in MAE.
 
     Args:
         weights: a "model" of `load`: of CAN or MAE, pretrained or fine-tuned, or timm's.
@@ -170,30 +183,21 @@ def load_encoder(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
         UserError: a tensor of the encoder is missing or of another shape, or the weights hold one
             that has no place in it; names the first.
     """
-    weights = {
-        name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in weights.items()
-    }
-    own = model.state_dict()
-    wanted = {name for name in own if not name.startswith("head.")}
-    if "fc_norm.weight" not in weights and "norm.weight" in weights:
-        wanted -= {"fc_norm.weight", "fc_norm.bias"}
-    interpolate_pos_embed(model, weights)
-
-    left = {name for name in weights if name not in wanted}
-    parts = {
-        part: {name for name in left if name.startswith(beginnings)}
-        for part, beginnings in OTHER_PARTS.items()
-    }
-    expected = {name: own[name] for name in own if name in wanted}
-    others = set().union(*parts.values())
-    encoder = {name: tensor for name, tensor in weights.items() if name not in others}
-    _check_same(expected, encoder, source)
-    model.load_state_dict(own | encoder)
-
-    count = f"{len(encoder)} tensors of the encoder from {source}"
-    unused = ", ".join(f"{part} ({len(names)})" for part, names in parts.items() if names)
-    new = ", ".join(sorted({name.split(".")[0] for name in own if name not in wanted}))
-    logger.info(f"loaded {count}; not used: {unused or 'nothing'}; new: {new or 'nothing'}")
+    encoder, unused = encoder_part(weights)
+    wanted = {name: t for name, t in model.state_dict().items() if not name.startswith("head.")}
+    new = ["head"]
+    if "fc_norm.weight" in wanted and "norm.weight" in encoder:
+        new.append("fc_norm")
+        for kind in ("weight", "bias"):
+            del wanted[f"fc_norm.{kind}"], encoder[f"norm.{kind}"]
+        unused["norm"] = 2
+    interpolate_pos_embed(model, encoder)
+    check_same(wanted, encoder, source)
+    model.load_state_dict(model.state_dict() | encoder)
+    left = ", ".join(f"{part} ({count})" for part, count in unused.items()) or "nothing"
+    logger.info(
+        f"encoder: {len(encoder)} tensors of {source}; left there: {left}; new: {', '.join(new)}"
+    )
 
 
 class Run:

@@ -1,0 +1,87 @@
+"""The encoder of a checkpoint, as a file that timm's own ViT loads.
+
+python -m util.export --checkpoint output_dir/checkpoint-49.pth --out vit.safetensors
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor
+
+from util.args import Parser
+from util.checkpoint import check_same, encoder_part, load
+from util.distributed import launch
+from util.errors import UserError
+from util.sizes import SIZES
+
+
+def get_args_parser() -> Parser:
+    parser = Parser(prog="util.export", description="Write a checkpoint's encoder for timm")
+    parser.add_argument(
+        "--checkpoint", required=True, help="path or URL; pretrained, probed or fine-tuned"
+    )
+    parser.add_argument("--out", default="vit.safetensors", help="the file to write")
+    return parser
+
+
+def timm_arguments(weights: dict[str, Tensor], source: str) -> dict:
+    """What `timm.create_model` is to be called with for an encoder's weights.
+
+    Raises:
+        UserError: they are of no size in `SIZES`.
+    """
+    try:
+        embed_dim, in_chans, patch, _ = weights["patch_embed.proj.weight"].shape
+        side = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch
+    except (KeyError, ValueError, IndexError):
+        raise UserError(f"{source} holds no encoder of CAN's or MAE's") from None
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    for name, size in SIZES.items():
+        if (size.embed_dim, size.depth, size.patch_size) == (embed_dim, depth, patch):
+            break
+    else:
+        raise UserError(
+            f"{source} is of no known size: width {embed_dim}, depth {depth}, patch {patch}; "
+            f"known are {', '.join(SIZES)}"
+        )
+    arguments = {"model_name": f"vit_{name}_224", "num_classes": 0}
+    if not timm.is_model(arguments["model_name"]):
+        arguments |= {"model_name": f"vit_{name.split('_')[0]}_patch16_224", "patch_size": patch}
+    if side != 224:
+        arguments["img_size"] = side
+    if in_chans != 3:
+        arguments["in_chans"] = in_chans
+    if "fc_norm.weight" in weights:
+        arguments["global_pool"] = "avg"
+    return arguments
+
+
+def main(args: argparse.Namespace) -> None:
+    if not args.out.endswith(".safetensors"):
+        raise UserError(f"--out {args.out}: the name must end in .safetensors")
+    weights, _ = encoder_part(load(args.checkpoint)["model"])
+    arguments = timm_arguments(weights, args.checkpoint)
+    with torch.device("meta"):
+        model = timm.create_model(**arguments)
+    check_same(model.state_dict(), weights, args.checkpoint)
+    temporary = Path(args.out + ".tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, temporary)
+        temporary.replace(args.out)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot write {args.out}: {error}") from None
+    words = [repr(arguments.pop("model_name"))] + [f"{k}={v!r}" for k, v in arguments.items()]
+    print(
+        f"{args.out}: {len(weights)} tensors; load with timm.create_model("
+        f"{', '.join(words)}, checkpoint_path={args.out!r}), "
+        "on images normalised by ImageNet's mean and standard deviation"
+    )
+
+
+if __name__ == "__main__":
+    launch(main, get_args_parser().parse_args())
