@@ -97,6 +97,7 @@ def train_one_epoch(
     precision: Precision,
     epoch: int,
     args: argparse.Namespace,
+    run: Run,
     log: RunLog,
     mixup: Mixup | None = None,
 ) -> dict[str, float]:
@@ -106,6 +107,7 @@ def train_one_epoch(
         model: from the loader's inputs (images, or features already computed) to logits.
         loader: of (input, label) batches, as many as fill whole optimiser steps.
         args: main_finetune.py's or main_linprobe.py's.
+        run: says which steps are done already, and saves within the epoch.
         mixup: smooths labels itself; without it `--smoothing` does.
     """
     smoothing = 0.0 if mixup else getattr(args, "smoothing", 0.0)
@@ -123,7 +125,7 @@ def train_one_epoch(
 
     clip_grad = getattr(args, "clip_grad", None)
     return run_epoch(
-        model, loader, optimizer, precision, epoch, args, log, losses, words, clip_grad
+        model, loader, optimizer, precision, epoch, args, run, log, losses, words, clip_grad
     )
 
 
@@ -175,7 +177,6 @@ def fit(
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     run: Run,
-    start_epoch: int,
     args: argparse.Namespace,
     mixup: Mixup | None = None,
 ) -> None:
@@ -187,16 +188,19 @@ def fit(
     steps_per_epoch = len(train_loader) // args.accum_iter
     if is_main_process():
         describe_run(args, model, precision, steps_per_epoch)
-    log = RunLog(args, start_epoch, start_epoch * steps_per_epoch)
+    log = RunLog(args, run.epoch, run.epoch * steps_per_epoch + run.step)
     if args.compile:
         model.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    for epoch in range(start_epoch, args.epochs):
-        stats = train_one_epoch(ddp, train_loader, optimizer, precision, epoch, args, log, mixup)
+    for epoch in range(run.epoch, args.epochs):
+        stats = train_one_epoch(
+            ddp, train_loader, optimizer, precision, epoch, args, run, log, mixup
+        )
         scores = evaluate(model, val_loader, precision)
+        best = max(run.best, scores["acc1"])
+        logger.info(f"epoch {epoch}: {summary(scores)}; best top-1 {best:.2f} %")
+        tests = {f"test_{name}": value for name, value in scores.items()}
+        log.scalars({f"perf/{k}": v for k, v in tests.items()}, (epoch + 1) * steps_per_epoch)
+        log.epoch({"epoch": epoch} | {f"train_{k}": v for k, v in stats.items()} | tests)
         run.save(epoch, score=scores["acc1"])
-        logger.info(f"epoch {epoch}: {summary(scores)}; best top-1 {run.best:.2f} %")
-        scores = {f"test_{name}": value for name, value in scores.items()}
-        log.scalars({f"perf/{k}": v for k, v in scores.items()}, (epoch + 1) * steps_per_epoch)
-        log.epoch({"epoch": epoch} | {f"train_{k}": v for k, v in stats.items()} | scores)
     log.close()

@@ -31,11 +31,11 @@ def main(args: argparse.Namespace) -> None:
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     run = Run(args, model, optimizer=optimizer, scaler=precision.scaler)
-    start_epoch = run.resume()
+    run.resume()
     train_data = SeededDataset(task.train, train_transform, args.seed)
     loader = train_loader(train_data, args, precision.device)
     mixup = build_mixup(args, model.num_classes)
-    fit(model, loader, task.val_loader, optimizer, precision, run, start_epoch, args, mixup)
+    fit(model, loader, task.val_loader, optimizer, precision, run, args, mixup)
 
 
 if __name__ == "__main__":

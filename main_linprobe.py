@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
 
     optimizer = LARS(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     run = Run(args, model, optimizer=optimizer, scaler=precision.scaler)
-    start_epoch = run.resume()
+    run.resume()
     trained, val_loader = model, task.val_loader
     train_data = SeededDataset(task.train, probe_transform(args.input_size), args.seed)
     if args.cache_features:
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
         args.num_workers = 0  # rows of a tensor need no loader processes
         val_loader = eval_loader(val_data, args, precision.device, share=args.dist_eval)
     loader = train_loader(train_data, args, precision.device)
-    fit(trained, loader, val_loader, optimizer, precision, run, start_epoch, args)
+    fit(trained, loader, val_loader, optimizer, precision, run, args)
 
 
 if __name__ == "__main__":

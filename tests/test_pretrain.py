@@ -11,8 +11,8 @@ import torch
 from conftest import TINY, python, run_main, the_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import engine_pretrain
 import main_pretrain
+import util.epoch
 from util import checkpoint
 from util.lr_sched import adjust_learning_rate
 
@@ -69,8 +69,9 @@ def test_start_up_says_what_will_be_trained(photos_run, capsys):
     assert run_main(main_pretrain, *photos_run, "--accum_iter", 3, "--epochs", 1) == 0
     out = capsys.readouterr().out
     for words in (
-        "objective: CAN = 0.679 reconstruction + 0.291 noise + 0.03 contrastive, mask ratio 0.5",
-        "model: mae_vit_tiny_patch4, 6.3 M trained parameters, 2 of 4 patches kept",
+        "objective: CAN = 0.679 reconstruction + 0.291 noise + 0.03 contrastive, "
+        "mask ratio 0.5 (2 of 4 patches kept)",
+        "model: mae_vit_tiny_patch4, 6.3 M trained parameters",
         "batch: 48 images = 16 x 3 accumulated x 1 processes, 1 steps per epoch, lr 0.000188",
         "contrast: 30 negatives per anchor",
         "warning: --accum_iter 3 adds up gradients, not negatives",
@@ -126,18 +127,18 @@ def test_resuming_after_an_epoch_equals_never_having_stopped(photos_run, tmp_pat
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_within_an_epoch_loses_nothing(number, photos_run, tmp_path, monkeypatch):
     """Steps of 4 images, 12 an epoch; the signal comes in the second epoch's fifth step."""
-    monkeypatch.setattr(engine_pretrain, "PRINT_FREQ", 3)
+    monkeypatch.setattr(util.epoch, "PRINT_FREQ", 3)
     flags = [*photos_run, "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 2, "--accum_iter", 2]
     assert run_main(main_pretrain, *flags) == 0
 
-    def signalled(seed, *position, seed_all=engine_pretrain.seed_all):
+    def signalled(seed, *position, seed_all=util.epoch.seed_all):
         seed_all(seed, *position)
         if position[:2] == (1, 9):
             os.kill(os.getpid(), number)
 
     again = [*flags, "--output_dir", tmp_path / "again", "--resume", "auto"]
     with monkeypatch.context() as patch:
-        patch.setattr(engine_pretrain, "seed_all", signalled)
+        patch.setattr(util.epoch, "seed_all", signalled)
         assert run_main(main_pretrain, *again) == 128 + number
     state = torch.load(tmp_path / "again" / checkpoint.LAST, weights_only=True)
     assert (state["epoch"], state["images"]) == (0, 5 * 4)
@@ -193,7 +194,7 @@ def test_schedule_equals_the_reference():
 
 
 def test_learning_rate_follows_the_schedule_at_every_step(photos_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine_pretrain, "PRINT_FREQ", 1)
+    monkeypatch.setattr(util.epoch, "PRINT_FREQ", 1)
     flags = ["--epochs", 4, "--warmup_epochs", 2, "--lr", 1e-3, "--min_lr", 1e-5]
     assert run_main(main_pretrain, *photos_run, *flags) == 0
     events = EventAccumulator(str(tmp_path / "out"))

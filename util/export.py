@@ -40,14 +40,14 @@ def timm_arguments(weights: dict[str, Tensor], source: str) -> dict:
     except (KeyError, ValueError, IndexError):
         raise UserError(f"{source} holds no encoder of CAN's or MAE's") from None
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    for name, size in SIZES.items():
-        if (size.embed_dim, size.depth, size.patch_size) == (embed_dim, depth, patch):
-            break
-    else:
+    dimensions = (embed_dim, depth, patch)
+    known = {(size.embed_dim, size.depth, size.patch_size): name for name, size in SIZES.items()}
+    if dimensions not in known:
         raise UserError(
             f"{source} is of no known size: width {embed_dim}, depth {depth}, patch {patch}; "
             f"known are {', '.join(SIZES)}"
         )
+    name = known[dimensions]
     arguments = {"model_name": f"vit_{name}_224", "num_classes": 0}
     if not timm.is_model(arguments["model_name"]):
         arguments |= {"model_name": f"vit_{name.split('_')[0]}_patch16_224", "patch_size": patch}

@@ -80,9 +80,10 @@ def _make_folders(*folders: str) -> None:
 def describe_run(
     args: argparse.Namespace, model: nn.Module, precision: Precision, steps_per_epoch: int
 ) -> None:
-    """Prints what will be trained how, and warns of a warm-up that takes most of the run."""
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info(f"model: {args.model}, {parameters / 1e6:.4g} M trained parameters")
+    """Prints what will be trained how, and warns of a warm-up that takes much of the run."""
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    count = f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+    logger.info(f"model: {args.model}, {count} trained parameters")
     logger.info(
         f"batch: {global_batch(args)} images = {args.batch_size} x {args.accum_iter} "
         f"accumulated x {get_world_size()} processes, {steps_per_epoch} steps per epoch, "
