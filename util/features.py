@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from util.datasets import SeededDataset, eval_loader, eval_transform
 from util.distributed import gather_rows, get_rank, get_world_size, sum_over_ranks
+from util.errors import UserError
 from util.precision import Precision
 
 # Of the weighted vote (Wu et al. 2018), with the k of DINO (Caron et al. 2021).
@@ -53,14 +54,18 @@ def encode(
         encoder: from images [N, C, H, W] to features [N, D].
         dataset: of (PIL image, label) pairs; the processes share the work.
         args: input_size, seed, batch_size, num_workers, pin_mem.
+    Raises:
+        UserError: fewer images than processes.
     """
+    total = len(dataset)
+    if total < get_world_size():
+        raise UserError(f"{total} images are too few to share among {get_world_size()} processes")
     images = SeededDataset(dataset, eval_transform(args.input_size), args.seed)
     features, labels = [], []
     for batch, batch_labels in eval_loader(images, args, precision.device, share=True):
         with precision.autocast():
             features.append(encoder(batch.to(precision.device, non_blocking=True)).float())
         labels.append(batch_labels.to(precision.device))
-    total = len(dataset)
     return Features(gather_rows(torch.cat(features), total), gather_rows(torch.cat(labels), total))
 
 

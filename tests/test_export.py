@@ -1,0 +1,98 @@
+"""The exported encoder in timm's own ViT."""
+
+import pytest
+import timm
+import torch
+from conftest import fill, run_main, the_error
+
+from model_mae import MODELS, mae_vit_tiny_patch4
+from model_vit import build_probe, vit_tiny_patch4
+from util import export
+from util.args import linprobe_parser
+from util.checkpoint import load_encoder, save
+
+
+def exported(model, tmp_path, capsys) -> tuple[torch.nn.Module, str]:
+    """What timm makes of a model's checkpoint, by the call that the export prints."""
+    save({"model": model.state_dict(), "epoch": 0}, tmp_path / "c.pth")
+    out = tmp_path / "made/vit.safetensors"
+    assert run_main(export, "--checkpoint", tmp_path / "c.pth", "--out", out) == 0
+    call = capsys.readouterr().out.split("load with ")[1].split(", on images")[0]
+    return eval(call, {"timm": timm}).eval(), call
+
+
+def probe(model: str, size: int, *flags: str):
+    args = ["--data_path", "x", "--model", model, "--input_size", str(size), *flags]
+    return build_probe(linprobe_parser().parse_args(args), num_classes=3)
+
+
+@pytest.mark.parametrize("size", ["tiny", pytest.param("base", marks=pytest.mark.slow)])
+def test_loads_strictly_into_timm_with_equal_features(size, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = MODELS[f"mae_vit_{size}_patch16"]()
+    torch.nn.init.normal_(model.norm.weight)
+    theirs, call = exported(model, tmp_path, capsys)
+    path = tmp_path / "made/vit.safetensors"
+    assert call == (
+        f"timm.create_model('vit_{size}_patch16_224', num_classes=0, checkpoint_path='{path}')"
+    )
+    images = fill((1, 3, 224, 224), 5, 1.5)
+    ours = probe(f"vit_{size}_patch16", 224)
+    load_encoder(ours, model.state_dict(), "x")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images), ours.features(images), rtol=0, atol=1e-5)
+
+    pooled = timm.create_model(
+        f"vit_{size}_patch16_224", num_classes=0, global_pool="avg", fc_norm=False,
+        checkpoint_path=path,
+    ).eval()  # fmt: skip
+    ours = probe(f"vit_{size}_patch16", 224, "--global_pool")
+    load_encoder(ours, model.state_dict(), "x")
+    with torch.no_grad():
+        torch.testing.assert_close(pooled(images), ours.features(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("global_pool", [False, True])
+def test_fine_tuned_and_probed_checkpoints(global_pool, tmp_path, capsys):
+    torch.manual_seed(0)
+    images = fill((2, 3, 16, 16), 5, 1.5)
+    tuned = vit_tiny_patch4(img_size=16, num_classes=3, global_pool=global_pool).eval()
+    theirs, call = exported(tuned, tmp_path, capsys)
+    assert "patch_size=4, img_size=16" in call
+    assert ("global_pool='avg'" in call) == global_pool
+    torch.testing.assert_close(theirs(images), tuned.features(images), rtol=0, atol=1e-5)
+
+    probed = probe("vit_tiny_patch4", 16)
+    theirs, _ = exported(probed, tmp_path, capsys)
+    torch.testing.assert_close(theirs(images), probed.features(images), rtol=0, atol=1e-5)
+
+
+def _headless(weights):
+    del weights["norm.weight"]
+
+
+def _other_width(weights):
+    weights["patch_embed.proj.weight"] = torch.zeros(100, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_headless, "it has no norm.weight"),
+        (_other_width, "no known size: width 100, depth 12, patch 4"),
+        (dict.clear, "holds no encoder"),
+    ],
+)
+def test_what_is_no_encoder_is_refused(spoil, words, tmp_path, capsys):
+    weights = dict(mae_vit_tiny_patch4(img_size=8).state_dict())
+    spoil(weights)
+    save({"model": weights}, tmp_path / "c.pth")
+    out = tmp_path / "x.safetensors"
+    assert run_main(export, "--checkpoint", tmp_path / "c.pth", "--out", out) == 1
+    assert words in the_error(capsys.readouterr().err)
+    assert not out.exists()
+
+
+def test_other_suffixes_are_refused(tmp_path, capsys):
+    assert run_main(export, "--checkpoint", "c.pth", "--out", tmp_path / "x.pth") == 1
+    assert "must end in .safetensors" in the_error(capsys.readouterr().err)
