@@ -148,7 +148,7 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: Precision) -> dict
         with precision.autocast():
             logits = model(inputs)
         images, classes = logits.shape
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        loss = F.cross_entropy(logits.float(), labels, reduction="none").double().sum()
         hits = logits.topk(min(5, classes)).indices == labels[:, None]
         counts = sums.new_tensor([images, images * classes])
         sums += torch.cat([torch.stack([loss, hits[:, 0].sum(), hits.sum()]), counts])
