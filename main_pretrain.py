@@ -115,11 +115,11 @@ def describe_objective(
     noise = f"noise up to {args.std}" if model.noise_loss else "no noise"
     share = args.weight_noise if model.noise_loss else 0.0
     patches = model.patch_embed.num_patches
+    kept = int(patches * (1 - args.mask_ratio))
     logger.info(
         f"objective: {method} = {args.weight_mae * (1 - share):.4g} reconstruction + "
         f"{args.weight_mae * share:.4g} noise + {args.weight_simclr:.4g} contrastive, "
-        f"mask ratio {args.mask_ratio} ({int(patches * (1 - args.mask_ratio))} of {patches} "
-        f"patches kept), {noise}"
+        f"mask ratio {args.mask_ratio}, {noise}, {kept} of {patches} patches kept"
     )
     if model.contrastive:
         logger.info(f"contrast: {negatives} negatives per anchor")
