@@ -5,15 +5,20 @@ patches, D encoder width, E decoder width.
 """
 
 import argparse
+import math
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block, PatchEmbed
 from torch import Tensor, nn
 
+from util.checkpoint import load_model
+from util.errors import UserError
 from util.init import initialize_encoder, set_positions
-from util.sizes import SIZES
+from util.sizes import SIZES, size_of
 
 PROJECTION_DIM = 128  # width of the contrastive embedding (design: Linear(D, 128))
 NOISE_EMBED_DIM = 128  # width of the sinusoidal embedding of the noise level
@@ -299,3 +304,39 @@ def build_model(args: argparse.Namespace) -> MaskedAutoencoderViT:
         contrastive=args.weight_simclr > 0,
         reconstruct=args.weight_mae > 0,
     )
+
+
+def model_from_checkpoint(
+    state: dict[str, Any], source: str | Path, norm_pix_loss: bool = False
+) -> MaskedAutoencoderViT:
+    """A pretraining checkpoint's model with its weights: ours, the CAN release's or MAE's.
+
+    Args:
+        state: what `util.checkpoint.load` returns; the flags in it decide, where there are any.
+        norm_pix_loss: where they do not say.
+    Raises:
+        UserError: not a whole pretrained model of a known size.
+    """
+    weights, flags = state["model"], state.get("args", {})
+    flags = flags if isinstance(flags, dict) else vars(flags)
+    size = size_of(weights, source)
+    if "decoder_pred.weight" not in weights:
+        raise UserError(f"{source} has no decoder: it is not a pretraining checkpoint")
+    side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    model = MODELS[f"mae_vit_{size}"](
+        img_size=side * SIZES[size].patch_size,
+        in_chans=weights["patch_embed.proj.weight"].shape[1],
+        norm_pix_loss=flags.get("norm_pix_loss", norm_pix_loss),
+        noise_loss=flags.get("noise_loss") or False,
+        std=flags.get("std", 0.05),
+        contrastive=flags.get("weight_simclr", 0) > 0,
+        reconstruct=flags.get("weight_mae", 1) > 0,
+    )
+    # MAE's own checkpoints lack what only CAN has, and do not need it.
+    unused = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name.startswith(("projection_head.", "noise_pe_mlp.")) and not model.noise_loss
+    }
+    load_model(model, unused | weights, source)
+    return model

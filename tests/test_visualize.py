@@ -1,5 +1,7 @@
 """Reconstructions to look at: what is pasted, undone and drawn."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 
 import main_pretrain
 from model_mae import mae_vit_tiny_patch4
+from model_vit import vit_tiny_patch4
 from util import visualize
 from util.visualize import reconstruct, reconstruction_grid
 
@@ -59,15 +62,28 @@ def test_command_draws_a_checkpoint(checkpoint, photos, tmp_path, capsys):
     assert "3 images; rows: clean, 50% masked, reconstructed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("args", [None, argparse.Namespace(norm_pix_loss=True, mask_ratio=0.75)])
+def test_command_draws_mae_s_own_checkpoints(args, checkpoint, photos, tmp_path, capsys):
+    """facebookresearch/mae's layout: no projection head, no noise conditioning, a Namespace."""
+    weights = torch.load(checkpoint, weights_only=True)["model"]
+    ours = ("projection_head.", "noise_pe_mlp.")
+    state = {"model": {k: v for k, v in weights.items() if not k.startswith(ours)}}
+    torch.save(state | ({"args": args} if args else {}), tmp_path / "mae.pth")
+    flags = ["--checkpoint", tmp_path / "mae.pth", "--data_path", photos]
+    assert run_main(visualize, *flags, "--out", tmp_path / "x.png", "--norm_pix_loss") == 0
+    assert "75% masked" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {}}, "does not say how its model was built"),
-        ({"model": {}, "args": {"model": "vit_base_patch16"}}, "is not a pretraining checkpoint"),
+        ({"fc.weight": torch.zeros(3)}, "holds no encoder"),
+        ({"patch_embed.proj.weight": torch.zeros(9, 3, 4, 4)}, "no known size: width 9, depth 0"),
+        (vit_tiny_patch4(img_size=8).state_dict(), "has no decoder"),
     ],
 )
 def test_other_checkpoints_are_refused(content, message, photos, tmp_path, capsys):
-    torch.save(content, tmp_path / "other.pth")
+    torch.save({"model": content}, tmp_path / "other.pth")
     flags = ["--checkpoint", tmp_path / "other.pth", "--data_path", photos]
     assert run_main(visualize, *flags, "--out", tmp_path / "x.png") == 1
     assert message in the_error(capsys.readouterr().err)

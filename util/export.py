@@ -16,7 +16,7 @@ from util.args import Parser
 from util.checkpoint import check_same, encoder_part, load
 from util.distributed import launch
 from util.errors import UserError
-from util.sizes import SIZES
+from util.sizes import size_of
 
 
 def get_args_parser() -> Parser:
@@ -34,20 +34,9 @@ def timm_arguments(weights: dict[str, Tensor], source: str) -> dict:
     Raises:
         UserError: they are of no size in `SIZES`.
     """
-    try:
-        embed_dim, in_chans, patch, _ = weights["patch_embed.proj.weight"].shape
-        side = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch
-    except (KeyError, ValueError, IndexError):
-        raise UserError(f"{source} holds no encoder of CAN's or MAE's") from None
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    dimensions = (embed_dim, depth, patch)
-    known = {(size.embed_dim, size.depth, size.patch_size): name for name, size in SIZES.items()}
-    if dimensions not in known:
-        raise UserError(
-            f"{source} is of no known size: width {embed_dim}, depth {depth}, patch {patch}; "
-            f"known are {', '.join(SIZES)}"
-        )
-    name = known[dimensions]
+    name = size_of(weights, source)
+    _, in_chans, patch, _ = weights["patch_embed.proj.weight"].shape
+    side = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch
     arguments = {"model_name": f"vit_{name}_224", "num_classes": 0}
     if not timm.is_model(arguments["model_name"]):
         arguments |= {"model_name": f"vit_{name.split('_')[0]}_patch16_224", "patch_size": patch}

@@ -1,6 +1,9 @@
 """The model sizes, one table for `mae_vit_*` (model_mae) and `vit_*` (model_vit)."""
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from util.errors import UserError
 
 
 class Size(NamedTuple):
@@ -39,3 +42,23 @@ def size_name(model: str) -> str:
 def patch_size(model: str) -> int:
     """Patch size in pixels of a model by its full name."""
     return SIZES[size_name(model)].patch_size
+
+
+def size_of(weights: dict[str, Any], source: str | Path) -> str:
+    """The key in `SIZES` of an encoder's tensors, found by their shapes.
+
+    Raises:
+        UserError: they are no encoder's, or of no known size.
+    """
+    try:
+        embed_dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    except (KeyError, ValueError):
+        raise UserError(f"{source} holds no encoder of CAN's or MAE's") from None
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    for name, size in SIZES.items():
+        if (size.embed_dim, size.depth, size.patch_size) == (embed_dim, depth, patch):
+            return name
+    raise UserError(
+        f"{source} is of no known size: width {embed_dim}, depth {depth}, patch {patch}; "
+        f"known are {', '.join(SIZES)}"
+    )

@@ -71,30 +71,29 @@ def get_args_parser() -> Parser:
         "--mask_ratio",
         type=number(float, 0, 1),
         default=None,
-        help="if not given, the checkpoint's own",
+        help="if not given, the checkpoint's own, else MAE's 0.75",
+    )
+    parser.add_argument(
+        "--norm_pix_loss",
+        action="store_true",
+        help="how the model was trained, where the checkpoint does not say",
     )
     parser.add_argument("--images", type=number(int, 1), default=PREVIEW_IMAGES)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    from model_mae import build_model  # this command needs a model; the functions above do not
+    from model_mae import model_from_checkpoint  # this command needs one; the functions do not
 
     state = checkpoint.load(args.checkpoint)
-    if "args" not in state:
-        raise UserError(f"{args.checkpoint} does not say how its model was built: no 'args' in it")
-    flags = state["args"]
-    flags = flags if isinstance(flags, argparse.Namespace) else argparse.Namespace(**flags)
-    try:
-        model = build_model(flags)
-    except (AttributeError, KeyError) as error:
-        raise UserError(f"{args.checkpoint} is not a pretraining checkpoint: {error}") from None
+    model = model_from_checkpoint(state, args.checkpoint, args.norm_pix_loss)
     if not model.reconstruct:
         raise UserError(f"{args.checkpoint} was trained without reconstruction (--weight_mae 0)")
-    checkpoint.load_model(model, state["model"], args.checkpoint)
-
-    imgs = preview_images(open_dataset(args.data_path, train=True), args.images, flags.input_size)
-    mask_ratio = flags.mask_ratio if args.mask_ratio is None else args.mask_ratio
+    flags = state.get("args", {})
+    flags = flags if isinstance(flags, dict) else vars(flags)
+    mask_ratio = flags.get("mask_ratio", 0.75) if args.mask_ratio is None else args.mask_ratio
+    dataset = open_dataset(args.data_path, train=True)
+    imgs = preview_images(dataset, args.images, model.patch_embed.img_size[0])
     grid = reconstruction_grid(model, imgs, mask_ratio)
     try:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
