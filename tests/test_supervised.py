@@ -1,6 +1,7 @@
 """Probing and fine-tuning from flags to files."""
 
 import json
+import random
 import re
 import shutil
 import signal
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import python, run_main, the_error
+from PIL import Image
 
 import main_finetune
 import main_linprobe
@@ -16,7 +18,7 @@ import main_pretrain
 import util.epoch
 from model_mae import mae_vit_tiny_patch4
 from util import checkpoint
-from util.datasets import eval_transform, open_labelled
+from util.datasets import build_transform, eval_transform, open_labelled
 from util.sizes import SIZES, Size
 
 SMALL = ["--model", "vit_tiny_patch4", "--input_size", 8, "--num_workers", 0, "--device", "cpu"]
@@ -165,6 +167,16 @@ def test_every_augmentation_and_regulariser_runs(flags, tmp_path):
     extra += ["--aa", "", "--color_jitter", 0.4, "--layer_decay", 0.65, "--input_size", 12]
     assert run_main(main_finetune, *flags, *extra) == 0
     assert state_of(tmp_path / "out")["model"]["pos_embed"].shape[1] == 1 + 9
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-mstd0.5-inc1", "rand-m0", "augmix-m10", "v0"])
+def test_policies_work_at_the_ends_of_their_scales(policy):
+    """timm asks for 0 bits of colour there, which Pillow refuses."""
+    flags = ["--data_path", "x", "--model", "vit_tiny_patch4", "--input_size", "8", "--aa", policy]
+    transform = build_transform(True, main_finetune.get_args_parser().parse_args(flags))
+    image = Image.fromarray(np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3))
+    random.seed(0)
+    assert all(transform(image).isfinite().all() for _ in range(200))
 
 
 def test_clipping_bounds_the_step(flags, tmp_path, monkeypatch):

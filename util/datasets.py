@@ -13,6 +13,7 @@ import torch
 import torchvision.transforms as T
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import posterize
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset
 from torchvision import datasets
 
@@ -353,7 +354,7 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
     if not is_train:
         return eval_transform(args.input_size)
     try:
-        return create_transform(
+        transform = create_transform(
             args.input_size,
             is_training=True,
             color_jitter=args.color_jitter,
@@ -367,6 +368,16 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(f"--aa {args.aa} is no augmentation policy of timm's: {error}") from None
+    for step in transform.transforms:
+        for op in itertools.chain(getattr(step, "ops", []), *getattr(step, "policy", [])):
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    # At the ends of its scale timm asks for 0 bits, a black image, which newer Pillow refuses.
+    return posterize(image, max(bits, 1), **kwargs)
 
 
 def preview_images(dataset: Dataset, count: int, input_size: int) -> torch.Tensor:
