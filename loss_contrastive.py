@@ -6,8 +6,10 @@ W processes, d embedding width. Embeddings have unit length.
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+TILE_ROWS = 512  # anchors whose similarities are held at once: 2 KiB of memory per candidate
 
 
 class _GatherWithGrad(torch.autograd.Function):
@@ -35,10 +37,63 @@ def gather_with_grad(x: Tensor) -> Tensor:
     return _GatherWithGrad.apply(x)
 
 
+class _NTXent(torch.autograd.Function):
+    """NT-Xent's sum over anchors, and how many of them have their positive nearest.
+
+    The gradient is made in the same sweep over tiles of rows, while a tile's softmax is at hand:
+    nothing of size anchors x candidates is ever kept, and no product is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, anchors: Tensor, candidates: Tensor, offset: int, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        count, device = len(anchors), anchors.device
+        loss, hits = anchors.new_zeros(()), anchors.new_zeros(())
+        wanted = any(ctx.needs_input_grad)
+        if wanted:
+            grad_anchors, grad_candidates = torch.empty_like(anchors), torch.zeros_like(candidates)
+
+        for begin in range(0, count, TILE_ROWS):
+            tile = slice(begin, min(begin + TILE_ROWS, count))
+            own = torch.arange(tile.start, tile.stop, device=device)
+            row, positive = own - begin, (own + count // 2) % count + offset
+
+            scaled = anchors[tile] / temperature
+            logits = scaled @ candidates.T
+            logits[row, own + offset] = -torch.inf  # an anchor is no candidate for itself
+            highest, nearest = logits.max(dim=1)
+            hits += (nearest == positive).sum()
+            loss += (highest - logits[row, positive]).sum()
+            weights = logits.sub_(highest[:, None]).exp_()  # in place: a tile is all we can afford
+            normaliser = weights.sum(dim=1)
+            loss += normaliser.log().sum()
+
+            if wanted:  # d loss / d logits is softmax - one-hot
+                weights /= normaliser[:, None]
+                weights[row, positive] -= 1
+                torch.mm(weights, candidates, out=grad_anchors[tile])
+                grad_candidates.addmm_(weights.T, scaled)
+            del logits, weights  # before the next tile is made
+
+        if wanted:
+            ctx.save_for_backward(grad_anchors.div_(temperature), grad_candidates)
+        ctx.mark_non_differentiable(hits)
+        return loss, hits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_anchors, grad_candidates = ctx.saved_tensors
+        return grad * grad_anchors, grad * grad_candidates, None, None
+
+
 def nt_xent(
     embeddings: Tensor, temperature: float = 0.1, global_negatives: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Normalised-temperature cross-entropy in float32 (SimCLR, Chen et al. 2020, equation 1).
+
+    Exact, in memory that grows with the number of candidates, not with its square.
 
     Args:
         embeddings: this process's [2N, d], view 1 then view 2.
@@ -46,23 +101,19 @@ def nt_xent(
     Returns:
         The mean over this process's 2N anchors, and the share of anchors whose positive is the
         nearest of all candidates (top-1 accuracy).
+    Raises:
+        ValueError: embeddings of another shape.
     """
     if embeddings.ndim != 2 or embeddings.shape[0] % 2:
         raise ValueError(f"embeddings of shape {tuple(embeddings.shape)}, expected [2N, d]")
-    anchors = embeddings.shape[0]
     # Outside autocast: half-precision logits at temperature 0.1 lose the differences that matter.
     with torch.autocast(embeddings.device.type, enabled=False):
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         several = global_negatives and dist.is_initialized() and dist.get_world_size() > 1
         candidates = gather_with_grad(embeddings) if several else embeddings
-        own = torch.arange(anchors, device=embeddings.device)
-        offset = dist.get_rank() * anchors if several else 0
-        logits = embeddings @ candidates.T / temperature
-        logits[own, own + offset] = -torch.inf  # an anchor is no candidate for itself
-        positive = own.roll(anchors // 2) + offset
-        loss = F.cross_entropy(logits, positive)
-        accuracy = (logits.argmax(dim=1) == positive).float().mean()
-    return loss, accuracy
+        offset = dist.get_rank() * len(embeddings) if several else 0
+        loss, hits = _NTXent.apply(embeddings, candidates, offset, temperature)
+    return loss / len(embeddings), hits / len(embeddings)
 
 
 class SupConLoss(nn.Module):

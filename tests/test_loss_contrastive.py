@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from conftest import fill, in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import loss_contrastive
 from loss_contrastive import SupConLoss, nt_xent
 
 # (batch, width, temperature): loss, gradient norm, gradient's absolute sum; computed with the
@@ -45,6 +47,14 @@ def oracle(rows: list[list[float]], temperature: float) -> tuple[float, float]:
     return sum(losses) / count, hits / count
 
 
+@pytest.fixture(params=[loss_contrastive.TILE_ROWS, 3], ids="tiles of {}".format)
+def tile_rows(request, monkeypatch):
+    """All anchors in one tile, and in several of which the last is not full."""
+    monkeypatch.setattr(loss_contrastive, "TILE_ROWS", request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("tile_rows")
 @pytest.mark.parametrize(("case", "expected"), REFERENCE.items(), ids=str)
 def test_nt_xent_equals_the_reference(case, expected):
     batch, width, temperature = case
@@ -56,6 +66,7 @@ def test_nt_xent_equals_the_reference(case, expected):
     assert actual == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.usefixtures("tile_rows")
 @pytest.mark.parametrize("batch", [1, 2, 5, 33])
 def test_nt_xent_equals_an_oracle(batch):
     torch.manual_seed(batch)
@@ -64,10 +75,33 @@ def test_nt_xent_equals_an_oracle(batch):
     assert (loss.item(), top1.item()) == pytest.approx(oracle(rows.tolist(), 0.1), abs=1e-5)
 
 
+@pytest.mark.usefixtures("tile_rows")
 def test_nt_xent_gradient_in_float64():
     torch.manual_seed(0)
-    rows = F.normalize(torch.randn(6, 4, dtype=torch.float64), dim=-1).requires_grad_()
+    rows = F.normalize(torch.randn(8, 4, dtype=torch.float64), dim=-1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: nt_xent(x, 0.1)[0], rows)
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+def test_nt_xent_memory_grows_linearly(monkeypatch):
+    monkeypatch.setattr(loss_contrastive, "TILE_ROWS", 64)
+    for count in (512, 1024, 2048):
+        rows = F.normalize(torch.randn(count, 16), dim=-1).requires_grad_()
+        with LargestResult() as largest:
+            nt_xent(rows)[0].backward()
+        assert largest.elements == 64 * count
 
 
 def test_nt_xent_is_float32_under_autocast():
@@ -146,6 +180,7 @@ def train_step(model: nn.Module, views: torch.Tensor, global_negatives: bool = T
 
 
 def gradients_of_a_rank(rank: int, out: str) -> None:
+    loss_contrastive.TILE_ROWS = 5  # of 12 anchors
     grads = {}
     for kind in ("random", "identical", "zero"):
         for negatives in (True, False):

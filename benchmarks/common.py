@@ -1,0 +1,90 @@
+"""What the benchmarks share: the machine in words, times as medians, memory, tables."""
+
+import ctypes
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' own folder
+
+SECONDS = 1.0  # of measuring each contender, at least
+ROUNDS = 3  # measurements of each contender, at least
+
+
+def describe_machine(device: torch.device) -> str:
+    """One line: processor, threads, torch."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif cpuinfo.exists():
+        models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0].split(": ")[1] if models else name
+    load = os.getloadavg()[0]
+    return (
+        f"{name}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads, "
+        f"torch {torch.__version__}, load {load:.1f}"
+    )
+
+
+def measure(contenders: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
+    """Median seconds of each contender: a GPU's by the clock, a CPU's of processor time.
+
+    They take turns, so that whatever else the machine does disturbs all alike.
+    """
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():  # to warm up
+        run()
+    begin, rounds = time.perf_counter(), 0
+    while rounds < ROUNDS or time.perf_counter() - begin < SECONDS * len(contenders):
+        for name, run in contenders.items():
+            since = clock()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            samples[name].append(clock() - since)
+        rounds += 1
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def peak_memory(run: Callable[[], None], device: torch.device) -> int:
+    """Bytes that a run needs at once, beyond what is in use before it.
+
+    On CPUs Linux's own account of the process, which can be reset.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed must not be there for the taking
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def table(header: list[str], rows: list[list[str]]) -> None:
+    """Prints columns, right-aligned but for the first."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        first, *rest = (
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([first, *rest]))
