@@ -46,8 +46,9 @@ NO_WEIGHT_DECAY = ("cls_token", "mask_token")  # besides biases and norms; posit
 def main(args: argparse.Namespace) -> None:
     device = init_distributed_mode(args)
     images, val, _ = from_rank_zero(lambda: open_images(args))
-    data = SeededDataset(images, pretrain_transform(args.input_size), args.seed)
-    loader = train_loader(data, args, device)
+    transform = pretrain_transform(args.input_size, device)
+    data = SeededDataset(images, transform, args.seed)
+    loader = train_loader(data, args, device, transform.finish)
     steps_per_epoch = len(loader) // args.accum_iter
     scale_learning_rate(args)
 

@@ -14,13 +14,14 @@ import torchvision.transforms as T
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import posterize
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset
+from torch.utils.data import Dataset, DistributedSampler, Sampler, Subset
 from torchvision import datasets
 
 from util.crop import RandomResizedCrop
 from util.distributed import get_rank, get_world_size
 from util.errors import UserError
 from util.interrupt import ignore_signals
+from util.loader import DeviceLoader
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -82,14 +83,14 @@ def _image_folder(root: Path) -> Dataset:
     loose = any(entry.name.lower().endswith(datasets.folder.IMG_EXTENSIONS) for entry in entries)
     try:
         if any(entry.is_dir() for entry in entries) and not loose:
-            return datasets.ImageFolder(str(root), allow_empty=True)
-        return FlatFolder(str(root))
+            return datasets.ImageFolder(str(root), loader=Image.open, allow_empty=True)
+        return FlatFolder(str(root), loader=Image.open)
     except FileNotFoundError:  # torchvision's word for "no image"
         raise UserError(f"no images in {root}") from None
 
 
 def open_dataset(data_path: str, train: bool) -> Dataset:
-    """A data set of (PIL image, label) pairs.
+    """A data set of (PIL image, label) pairs; files are decoded when their pixels are wanted.
 
     Args:
         data_path: a name of `NAMED`, or a folder with `train/` and `val/`, or, for training, any
@@ -123,15 +124,21 @@ def open_dataset(data_path: str, train: bool) -> Dataset:
     return dataset
 
 
-def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
-    """An RGB image and its label.
+def read_image(
+    dataset: Dataset, index: int, transform: Callable[[Image.Image], Any] | None = None
+) -> tuple[Any, int]:
+    """An RGB image, transformed if need be, and its label.
+
+    A transform that has `decodes` set gets the image as its file holds it.
 
     Raises:
         UserError: the file is not a readable image; names it.
     """
     try:
         image, label = dataset[index]
-        return image.convert("RGB"), label
+        if not getattr(transform, "decodes", False):
+            image = image.convert("RGB")
+        return image if transform is None else transform(image), label
     except (OSError, SyntaxError, ValueError) as error:
         name = dataset.samples[index][0] if hasattr(dataset, "samples") else f"image {index}"
         raise UserError(f"{name} is not a readable image ({error})") from None
@@ -218,7 +225,6 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
         epoch, index = key
-        image, label = read_image(self.dataset, index)
         words = np.random.SeedSequence((self.seed, epoch, index)).generate_state(3, np.uint64)
         # timm's augmentations draw from Python's and NumPy's generators
         random.seed(int(words[1]))
@@ -226,7 +232,7 @@ class SeededDataset(Dataset):
         with torch.random.fork_rng(devices=[]):
             # not torch.manual_seed, which would reach for the GPU's generators as well
             torch.default_generator.manual_seed(int(words[0]))
-            return self.transform(image), label
+            return read_image(self.dataset, index, self.transform)
 
 
 class EpochSampler(DistributedSampler):
@@ -280,28 +286,38 @@ class EvalSampler(Sampler):
         return ((0, index) for index in self.indices)
 
 
-def train_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> DataLoader:
+def train_loader(
+    dataset: Dataset,
+    args: argparse.Namespace,
+    device: torch.device,
+    finish: Callable[[Any, torch.device], Any] | None = None,
+) -> DeviceLoader:
     """Batches in the order of an `EpochSampler`; its `sampler` wants `set_epoch`.
 
     Args:
         dataset: takes (epoch, index), as `SeededDataset` does.
         args: batch_size, accum_iter, seed, num_workers, pin_mem.
+        finish: as `DeviceLoader`'s.
     """
     sampler = EpochSampler(dataset, args.batch_size * args.accum_iter, args.seed)
-    return _loader(dataset, sampler, args, device)
+    return _loader(dataset, sampler, args, device, finish)
 
 
 def eval_loader(
     dataset: Dataset, args: argparse.Namespace, device: torch.device, share: bool
-) -> DataLoader:
+) -> DeviceLoader:
     """Batches of an `EvalSampler`; else as `train_loader`."""
     return _loader(dataset, EvalSampler(dataset, share), args, device)
 
 
 def _loader(
-    dataset: Dataset, sampler: Sampler, args: argparse.Namespace, device: torch.device
-) -> DataLoader:
-    return DataLoader(
+    dataset: Dataset,
+    sampler: Sampler,
+    args: argparse.Namespace,
+    device: torch.device,
+    finish: Callable[[Any, torch.device], Any] | None = None,
+) -> DeviceLoader:
+    return DeviceLoader(
         dataset,
         batch_size=args.batch_size,
         sampler=sampler,
@@ -309,6 +325,8 @@ def _loader(
         persistent_workers=args.num_workers > 0,
         pin_memory=args.pin_mem and device.type == "cuda",
         worker_init_fn=ignore_signals,
+        device=device,
+        finish=finish,
     )
 
 
