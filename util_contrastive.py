@@ -15,7 +15,6 @@ from torch import Tensor
 from util.augment import (
     BLUR_P,
     BLUR_SIGMA,
-    FLIP_P,
     GREY_P,
     JITTER,
     JITTER_P,
@@ -27,6 +26,7 @@ from util.loader import to_device
 
 CROP_AREA = (0.2, 1.0)  # share of the image's area
 CROP_ASPECT = (3 / 4, 4 / 3)  # width by height
+FLIP_P = 0.5
 
 
 class TwoCropTransform:
@@ -78,7 +78,7 @@ class TwoCrops:
     Args:
         input_size: S, in pixels.
         defer: leave all but the cutting to `finish`, for batches on a GPU. A view is then a uint8
-            crop [3, S, S] and the parameters [24] drawn for it.
+            crop [3, S, S] and the parameters [23] drawn for it.
     """
 
     decodes = True  # wants images as their files hold them
@@ -92,6 +92,7 @@ class TwoCrops:
             boxes.append(T.RandomResizedCrop.get_params(image, CROP_AREA, CROP_ASPECT))
             parameters.append(draw_parameters())
         crops = cut(image, boxes, self.input_size)
+        crops = [crop.flip(-1) if torch.rand(()) < FLIP_P else crop for crop in crops]
         if self.defer:
             return list(zip(crops, parameters, strict=True))
         return [augment(c[None], p[None])[0] for c, p in zip(crops, parameters, strict=True)]
@@ -119,11 +120,7 @@ def cut(image: Image.Image, boxes: list[tuple[int, int, int, int]], size: int) -
     """
     width, height = image.size
     shrink = min(side // size for box in boxes for side in box[2:])
-    if shrink > 1:
-        image.draft("RGB", (width // shrink, height // shrink))  # nothing but a JPEG obeys
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    pixels = decode(image, shrink)[None]
     down, right = pixels.shape[2] / height, pixels.shape[3] / width
 
     crops = []
@@ -133,3 +130,17 @@ def cut(image: Image.Image, boxes: list[tuple[int, int, int, int]], size: int) -
         crop = pixels[:, :, rows, columns]
         crops.append(F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0])
     return crops
+
+
+def decode(image: Image.Image, shrink: int = 1) -> Tensor:
+    """An image's pixels, uint8 [3, H, W]; a JPEG's at 1/2, 1/4, 1/8 where `shrink` is as much.
+
+    Raises:
+        OSError: the file is broken.
+    """
+    if shrink > 1:
+        width, height = image.size
+        image.draft("RGB", (width // shrink, height // shrink))  # nothing but a JPEG obeys
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

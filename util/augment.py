@@ -17,12 +17,12 @@ from util.datasets import IMAGENET_MEAN, IMAGENET_STD
 LUMA = (0.2989, 0.587, 0.114)  # grey level of R, G, B (ITU-R BT.601, torchvision's digits)
 
 # SimCLR's strengths, as in the public CAN release.
-FLIP_P, JITTER_P, GREY_P, BLUR_P = 0.5, 0.8, 0.2, 0.5
+JITTER_P, GREY_P, BLUR_P = 0.8, 0.2, 0.5
 JITTER = T.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 BLUR_SIGMA = (0.1, 2.0)  # pixels
 BLUR_RADIUS = 3  # sigmas, rounded up to whole pixels
 
-# One image's parameters: blends (before hue, after it, and one for greyscale), hue, sigma, flip.
+# One image's parameters: blends (before hue, after it, and one for greyscale), hue, sigma.
 # A blend [own, grey, mean] makes of a pixel: own x pixel + grey x its luma + mean x the image's
 # mean luma.
 IDENTITY = (1.0, 0.0, 0.0)
@@ -30,9 +30,8 @@ BEFORE, AFTER = 3, 4  # blends
 
 
 def draw_parameters() -> Tensor:
-    """One view's parameters [24], from torch's random state, distributed as torchvision's."""
+    """One view's parameters [23], from torch's random state, distributed as torchvision's."""
     before, after, hue = [], [], 0.0
-    flip = torch.rand(()).item() < FLIP_P
     if torch.rand(()).item() < JITTER_P:
         order, b, c, s, h = JITTER.get_params(
             JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue
@@ -50,39 +49,37 @@ def draw_parameters() -> Tensor:
     sigma = 0.0
     if torch.rand(()).item() < BLUR_P:
         sigma = torch.empty(()).uniform_(*BLUR_SIGMA).item()
-    return torch.tensor([v for blend in before + after for v in blend] + [hue, sigma, flip])
+    return torch.tensor([v for blend in before + after for v in blend] + [hue, sigma])
 
 
 def augment(crops: Tensor, parameters: Tensor) -> Tensor:
-    """Flips, jitters colours, greys, blurs and normalises.
+    """Jitters colours, greys, blurs and normalises.
 
     Args:
         crops: uint8 [N, 3, H, W], on any device.
-        parameters: `draw_parameters`' [N, 24], on the CPU: what no image of the batch wants is
+        parameters: `draw_parameters`' [N, 23], on the CPU: what no image of the batch wants is
             skipped, without asking the device.
     Returns:
         float32 [N, 3, H, W], normalised by ImageNet's mean and deviation.
     """
-    device = crops.device
-    wanted = (parameters[:, :-3].unflatten(1, (-1, 3)) != torch.tensor(IDENTITY)).any(dim=2)
+    wanted = (parameters[:, :-2].unflatten(1, (-1, 3)) != torch.tensor(IDENTITY)).any(dim=2)
     wanted = wanted.any(dim=0).tolist()
-    any_hue, max_sigma, any_flip = parameters[:, -3:].abs().amax(dim=0).tolist()
-    parameters = parameters.to(device, non_blocking=True)
-    blends = parameters[:, :-3].unflatten(1, (-1, 3)).unbind(1)
-    hue, sigma, flip = parameters[:, -3:].unbind(1)
+    largest_shift, largest_sigma = parameters[:, -2:].abs().amax(dim=0).tolist()
+    parameters = parameters.to(crops.device, non_blocking=True)
+    blends = parameters[:, :-2].unflatten(1, (-1, 3)).unbind(1)
+    shift, sigma = parameters[:, -2:].unbind(1)
 
-    if any_flip:
-        crops = torch.where(flip.bool()[:, None, None, None], crops.flip(-1), crops)
     imgs = crops.float()
     for i, weights in enumerate(blends):
-        if i == BEFORE and any_hue:
-            imgs = shift_hue(imgs, hue)
+        if i == BEFORE and largest_shift:
+            imgs = shift_hue(imgs, shift)
         if wanted[i]:
             imgs = blend(imgs, weights)
-    if max_sigma:
-        imgs = blur(imgs, sigma, math.ceil(BLUR_RADIUS * max_sigma))
-    mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return imgs.sub_(mean.to(device, non_blocking=True)).div_(std.to(device, non_blocking=True))
+    if largest_sigma:
+        imgs = blur(imgs, sigma, math.ceil(BLUR_RADIUS * largest_sigma))
+    for channel, mean, std in zip(imgs.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True):
+        channel.sub_(255 * mean).mul_(1 / (255 * std))
+    return imgs
 
 
 def blend(imgs: Tensor, weights: Tensor) -> Tensor:
@@ -91,29 +88,35 @@ def blend(imgs: Tensor, weights: Tensor) -> Tensor:
     Weights are of the pixel itself, of its luma, and of the image's mean luma.
     """
     own, grey, mean = weights[:, :, None, None, None].unbind(1)
-    luma = sum(w * channel for w, channel in zip(LUMA, imgs.split(1, dim=1), strict=True))
-    other = grey * luma + mean * luma.mean(dim=(2, 3), keepdim=True)
+    red, green, blue = imgs.split(1, dim=1)
+    luma = (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+    other = torch.addcmul(mean * luma.mean(dim=(2, 3), keepdim=True), grey, luma)
     return torch.addcmul(other, own, imgs).clamp_(0, 255)
 
 
 def shift_hue(imgs: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by each image's shift [N], in turns of the colour circle."""
+    """Turns the hue by each image's shift [N], in turns of the colour circle.
+
+    HSV's conversion there and back, written without branches and remainders, which are slow.
+    """
     red, green, blue = imgs.unbind(1)
-    value = imgs.amax(dim=1)
-    chroma = value - imgs.amin(dim=1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+
     # Hue in sixths of the circle; where chroma is 0, so are all differences.
-    safe = chroma.clamp_min(1e-6)
-    hue = torch.where(
-        value == red,
-        (green - blue) / safe,
-        torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+    scale = chroma.clamp_min(1e-6).reciprocal_()
+    near_red, near_green, near_blue = (
+        torch.add(phase, difference.mul_(scale))
+        for phase, difference in ((0, green - blue), (2, blue - red), (4, red - green))
     )
-    hue += 6 * shift[:, None, None]
+    hue = torch.lerp(near_green, near_blue, (value - green).sign_())
+    hue = torch.lerp(near_red, hue, (value - red).sign_()).add_(6 * shift[:, None, None])
+
     shifted = torch.empty_like(imgs)
-    for channel, phase in enumerate((5, 3, 1)):
-        distance = (hue + phase).remainder_(6)
-        share = torch.minimum(distance, 4 - distance).clamp_(0, 1)
-        torch.addcmul(value, share, chroma, value=-1, out=shifted[:, channel])
+    for channel, opposite in enumerate((3, 5, 1)):  # the hue at which the channel is at its least
+        distance = hue - opposite
+        distance.sub_((distance / 6).round_(), alpha=6).abs_()
+        torch.addcmul(value, (2 - distance).clamp_(0, 1), chroma, value=-1, out=shifted[:, channel])
     return shifted
 
 

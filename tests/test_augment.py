@@ -1,0 +1,187 @@
+"""The tensor augmentation against torchvision's transforms: each operation, and all in order."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+
+from util.augment import (
+    AFTER,
+    BEFORE,
+    BLUR_P,
+    GREY_P,
+    IDENTITY,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    JITTER,
+    JITTER_P,
+    augment,
+    blend,
+    blur,
+    draw_parameters,
+    shift_hue,
+)
+
+
+def images(count: int, side: int = 48) -> torch.Tensor:
+    """Smooth uint8 images with flat, grey and saturated places."""
+    torch.manual_seed(0)
+    imgs = F.interpolate(255 * torch.rand(count, 3, 9, 9), (side, side), mode="bicubic")
+    imgs = (1.4 * imgs - 50).clamp(0, 255).byte()
+    imgs[:, :, :5] = 77
+    imgs[:, 1, :, :5] = imgs[:, 0, :, :5]  # two channels alike: hue's branches meet
+    return imgs
+
+
+def factors(low: float, high: float, count: int = 8) -> torch.Tensor:
+    return torch.linspace(low, high, count)
+
+
+def assert_levels(ours: torch.Tensor, imgs: torch.Tensor, reference, values) -> None:
+    """Equal to torchvision's function in float, and to within its rounding in uint8."""
+    for our, img, value in zip(ours, imgs, values.tolist(), strict=True):
+        exact, rounded = 255 * reference(img / 255, value), reference(img, value).float()
+        torch.testing.assert_close(our, exact, rtol=0, atol=2e-3)
+        torch.testing.assert_close(our, rounded, rtol=0, atol=2)
+
+
+@pytest.mark.parametrize(
+    ("reference", "weights"),
+    [
+        (TF.adjust_brightness, lambda f: (f, 0 * f, 0 * f)),
+        (TF.adjust_contrast, lambda f: (f, 0 * f, 1 - f)),
+        (TF.adjust_saturation, lambda f: (f, 1 - f, 0 * f)),
+    ],
+    ids=["brightness", "contrast", "saturation"],
+)
+def test_blends_equal_torchvision(reference, weights):
+    imgs, values = images(8), factors(0.4, 1.8)
+    ours = blend(imgs.float(), torch.stack(weights(values), dim=1))
+    assert_levels(ours, imgs, reference, values)
+
+
+def test_hue_equals_torchvision():
+    imgs, values = images(9), factors(-0.5, 0.5, 9)
+    assert_levels(shift_hue(imgs.float(), values), imgs, TF.adjust_hue, values)
+
+
+def test_grey_equals_torchvision():
+    imgs = images(2)
+    grey = blend(imgs.float(), torch.tensor([[0.0, 1.0, 0.0]]))
+    assert_levels(grey, imgs, lambda img, _: TF.rgb_to_grayscale(img, 3), factors(0, 1, 2))
+
+
+@pytest.mark.parametrize("side", [48, 5])
+def test_blur_equals_torchvision(side):
+    imgs, sigmas = images(8, side), factors(0.1, 2.0)
+    if side == 5:  # no kernel reaches past a reflected border
+        sigmas = sigmas.clamp(max=4 / 3)
+
+    def reference(img: torch.Tensor, sigma: float) -> torch.Tensor:
+        return TF.gaussian_blur(img, 2 * int(torch.tensor(3 * sigma).ceil()) + 1, sigma)
+
+    assert_levels(blur(imgs.float(), sigmas, radius=6), imgs, reference, sigmas)
+
+
+def test_blur_of_sigma_zero_changes_nothing():
+    imgs = images(2).float()
+    blurred = blur(imgs, torch.tensor([0.0, 1.0]), radius=3)
+    assert torch.equal(blurred[0], imgs[0])
+    assert not torch.equal(blurred[1], imgs[1])
+
+
+def one_by_one(crop: torch.Tensor) -> torch.Tensor:
+    """What `draw_parameters` and `augment` do, in torchvision's words and the same draws."""
+    img = crop / 255
+    if torch.rand(()) < JITTER_P:
+        order, *values = JITTER.get_params(
+            JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue
+        )
+        adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+        for operation in order:
+            img = adjust[operation](img, values[operation])
+    if torch.rand(()) < GREY_P:
+        img = TF.rgb_to_grayscale(img, 3)
+    if torch.rand(()) < BLUR_P:
+        sigma = torch.empty(()).uniform_(0.1, 2.0).item()
+        img = TF.gaussian_blur(img, 2 * int(torch.tensor(3 * sigma).ceil()) + 1, sigma)
+    return TF.normalize(img, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def test_a_batch_equals_torchvision_s_operations_image_by_image_in_each_s_order():
+    crops = images(96, 24)
+    torch.manual_seed(1)
+    parameters = torch.stack([draw_parameters() for _ in crops])
+    torch.manual_seed(1)
+    expected = torch.stack([one_by_one(crop) for crop in crops])
+    torch.testing.assert_close(augment(crops, parameters), expected, rtol=0, atol=1e-4)
+
+
+def test_an_image_s_augmentation_does_not_depend_on_the_batch():
+    crops = images(16)
+    parameters = torch.stack([draw_parameters() for _ in crops])
+    batch = augment(crops, parameters)
+    for i in range(16):
+        alone = augment(crops[i : i + 1], parameters[i : i + 1])[0]
+        torch.testing.assert_close(batch[i], alone, rtol=0, atol=1e-5)
+
+
+def uniformity(values: list[float], low: float, high: float) -> float:
+    """Kolmogorov and Smirnov's distance to the uniform distribution, times sqrt(n)."""
+    x = (torch.tensor(values).sort().values - low) / (high - low)
+    n = len(x)
+    assert x[0] >= 0
+    assert x[-1] <= 1
+    return ((x - (torch.arange(n) + 0.5) / n).abs().max() * n**0.5).item()
+
+
+def test_parameters_are_distributed_as_torchvision_s():
+    torch.manual_seed(0)
+    count = 6000
+    drawn = torch.stack([draw_parameters() for _ in range(count)])
+    blends = drawn[:, :-2].unflatten(1, (BEFORE + AFTER, 3)).tolist()
+    hue, sigma = drawn[:, -2:].T.tolist()
+
+    orders, values = Counter(), {"brightness": [], "contrast": [], "saturation": []}
+    for row, shift in zip(blends, hue, strict=True):
+        if not shift:
+            assert row[:-1] == [list(IDENTITY)] * (BEFORE + AFTER - 1)
+            continue
+        order = []
+        for i, (own, grey, mean) in enumerate(row[:-1]):
+            if i == BEFORE:
+                order.append("hue")
+            if (own, grey, mean) != IDENTITY:
+                order.append("saturation" if grey else "contrast" if mean else "brightness")
+                values[order[-1]].append(own)
+        orders[tuple(order)] += 1
+
+    jittered = sum(orders.values())
+    share = {
+        JITTER_P: jittered,
+        GREY_P: sum(row[-1] == [0, 1, 0] for row in blends),
+        BLUR_P: sum(s > 0 for s in sigma),
+    }
+    for p, seen in share.items():
+        assert abs(seen - p * count) < 4 * (p * (1 - p) * count) ** 0.5
+    assert len(orders) == 24  # all of them, equally often: chi squared of 23 degrees of freedom
+    assert sum((n - jittered / 24) ** 2 / (jittered / 24) for n in orders.values()) < 50
+    for name in values:
+        assert uniformity(values[name], 0.6, 1.4) < 1.95  # exceeded once in a thousand
+    assert uniformity([h for h in hue if h], -0.1, 0.1) < 1.95
+    assert uniformity([s for s in sigma if s], 0.1, 2.0) < 1.95
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_computes_the_same_and_is_not_waited_for():
+    crops = images(32)
+    parameters = torch.stack([draw_parameters() for _ in crops])
+    on_gpu, pinned = crops.cuda(), parameters.pin_memory()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = augment(on_gpu, pinned)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(result.cpu(), augment(crops, parameters), rtol=0, atol=1e-4)

@@ -1,0 +1,115 @@
+"""The two crops: where they are cut, from what they are decoded, and when they are finished."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from util.datasets import SeededDataset, open_dataset, train_loader
+from util_contrastive import TwoCrops, cut, decode
+
+BOXES = [(4, 8, 200, 260), (100, 0, 224, 232)]  # top, left, height, width
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return Image.fromarray(load_sample_images().images[0])  # 640 x 427
+
+
+def encoded(photo: Image.Image, file_format: str = "JPEG", mode: str = "RGB") -> Image.Image:
+    """As a file that is not decoded yet."""
+    buffer = io.BytesIO()
+    photo.convert(mode).save(buffer, file_format)
+    return Image.open(buffer)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_crops_equal_pil_s(photo, file_format):
+    crops = cut(encoded(photo, file_format), BOXES, 160)
+    decoded = encoded(photo, file_format).convert("RGB")
+    for crop, box in zip(crops, BOXES, strict=True):
+        expected = TF.pil_to_tensor(TF.resized_crop(decoded, *box, [160, 160]))
+        assert crop.dtype == torch.uint8
+        torch.testing.assert_close(crop.int(), expected.int(), rtol=0, atol=1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_s_pixels_are_pil_s(photo, mode):
+    expected = TF.pil_to_tensor(encoded(photo, mode=mode).convert("RGB"))
+    assert torch.equal(decode(encoded(photo, mode=mode)), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(224, (427, 640)), (100, (214, 320)), (64, (214, 320)), (50, (107, 160))]
+)
+def test_jpegs_are_decoded_at_the_scale_that_no_crop_outgrows(photo, size, expected, monkeypatch):
+    seen = []
+
+    def spy(image: Image.Image, shrink: int) -> torch.Tensor:
+        pixels = decode(image, shrink)
+        seen.append(tuple(pixels.shape[1:]))
+        return pixels
+
+    monkeypatch.setattr("util_contrastive.decode", spy)
+    crops = cut(encoded(photo), BOXES, size)
+    assert seen == [expected]
+    whole = cut(encoded(photo).convert("RGB"), BOXES, size)  # decoded: nothing to scale
+    assert seen[1] == (427, 640)
+    for crop, reference in zip(crops, whole, strict=True):
+        assert crop.shape == (3, size, size)
+        crop, reference = crop.float(), reference.float()
+        shifted = reference.roll(1, dims=-1)
+        assert (crop - reference).abs().mean() < 0.4 * (shifted - reference).abs().mean()
+
+
+def test_views_finished_in_batches_are_those_finished_one_by_one(photos):
+    dataset = open_dataset(str(photos), train=True)
+    now = SeededDataset(dataset, TwoCrops(32), seed=0)
+    later = SeededDataset(dataset, TwoCrops(32, defer=True), seed=0)
+    samples = [later[1, i][0] for i in range(6)]
+    views = [tuple(map(torch.stack, zip(*(s[v] for s in samples), strict=True))) for v in (0, 1)]
+    assert views[0][0].dtype == torch.uint8
+    finished = later.transform.finish(views, torch.device("cpu"))
+    for i in range(6):
+        for view, expected in zip(finished, now[1, i][0], strict=True):
+            torch.testing.assert_close(view[i], expected, rtol=0, atol=1e-5)
+
+
+def test_half_of_the_views_are_flipped():
+    """Of an image brighter to the right, whose crops therefore are, too."""
+    ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))).convert("RGB")
+    views = torch.stack(
+        [v for i in range(300) for v in SeededDataset([(ramp, 0)], TwoCrops(8), i)[0, 0][0]]
+    )
+    flipped = (views[..., :4].mean((1, 2, 3)) > views[..., 4:].mean((1, 2, 3))).sum().item()
+    assert abs(flipped - 100) < 4 * (200 / 4) ** 0.5
+
+
+def test_a_truncated_jpeg_is_named(photo, tmp_path):
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG")
+    (tmp_path / "short.jpg").write_bytes(buffer.getvalue()[:9000])
+    dataset = SeededDataset(open_dataset(str(tmp_path), train=True), TwoCrops(224), seed=0)
+    with pytest.raises(Exception, match=r"short\.jpg is not a readable image \(.*truncated"):
+        dataset[0, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_s_loader_yields_what_a_cpu_s_does(photos):
+    from argparse import Namespace
+
+    args = Namespace(
+        data_path=str(photos), batch_size=8, accum_iter=1, seed=0, num_workers=1, pin_mem=True
+    )
+    batches = {}
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        transform = TwoCrops(32, defer=device.type == "cuda")
+        loader = train_loader(args, transform, device, transform.finish)
+        loader.sampler.set_epoch(0)
+        batches[device.type] = [[view.cpu() for view in views] for views, _ in loader]
+    for cpu, gpu in zip(batches["cpu"], batches["cuda"], strict=True):
+        torch.testing.assert_close(gpu, cpu, rtol=0, atol=1e-4)
