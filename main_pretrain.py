@@ -91,8 +91,8 @@ def main(args: argparse.Namespace) -> None:
 def open_images(args: argparse.Namespace) -> tuple[Dataset, Dataset | None, int | None]:
     """The images, and where `--eval_freq` asks for them, those for validation, with labels."""
     if args.eval_freq:
-        return open_labelled(args.data_path)
-    return open_dataset(args.data_path, train=True), None, None
+        return open_labelled(args.data_path, cache_dir=args.output_dir)
+    return open_dataset(args.data_path, True, args.output_dir), None, None
 
 
 def negatives_per_anchor(args: argparse.Namespace) -> int:

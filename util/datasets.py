@@ -16,10 +16,12 @@ from timm.data import create_transform
 from timm.data.auto_augment import posterize
 from torch.utils.data import Dataset, DistributedSampler, Sampler, Subset
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.crop import RandomResizedCrop
 from util.distributed import get_rank, get_world_size
 from util.errors import UserError
+from util.file_list import list_files
 from util.interrupt import ignore_signals
 from util.loader import DeviceLoader
 
@@ -69,32 +71,51 @@ NAMED: dict[str, Callable[[bool], Dataset]] = {
 }
 
 
-class FlatFolder(datasets.ImageFolder):
-    """All images below a folder, whatever its subfolders; one class."""
+class ImageFiles(datasets.ImageFolder):
+    """The images below a folder; classes are its subfolders unless images lie beside those.
+
+    In the order, and with the labels, of torchvision's ImageFolder; without classes, all are 0.
+    A file is decoded when its pixels are wanted.
+    """
+
+    def __init__(self, root: Path, cache: Path | None = None):
+        self._images = {
+            folder: [name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+            for folder, names in list_files(root, cache).items()
+        }
+        super().__init__(str(root), loader=Image.open)
+        del self._images
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        return [""], {"": 0}
+        classes = sorted({_top(folder) for folder in self._images} - {""})
+        if self._images[""] or all(name.startswith(".") for name in classes):
+            classes = [""]
+        return classes, {name: label for label, name in enumerate(classes)}
+
+    def make_dataset(
+        self, directory: str, class_to_idx: dict[str, int], **_: Any
+    ) -> list[tuple[str, int]]:
+        folders = sorted(self._images)
+        if "" not in class_to_idx:
+            folders.sort(key=_top)
+        return [
+            (os.path.join(directory, folder, name), class_to_idx.get(_top(folder), 0))
+            for folder in folders
+            for name in self._images[folder]
+        ]
 
 
-def _image_folder(root: Path) -> Dataset:
-    """ImageFolder where images lie in class folders, else FlatFolder."""
-    with os.scandir(root) as entries:
-        entries = [entry for entry in entries if not entry.name.startswith(".")]
-    loose = any(entry.name.lower().endswith(datasets.folder.IMG_EXTENSIONS) for entry in entries)
-    try:
-        if any(entry.is_dir() for entry in entries) and not loose:
-            return datasets.ImageFolder(str(root), loader=Image.open, allow_empty=True)
-        return FlatFolder(str(root), loader=Image.open)
-    except FileNotFoundError:  # torchvision's word for "no image"
-        raise UserError(f"no images in {root}") from None
+def _top(folder: str) -> str:
+    return folder.split(os.sep)[0]
 
 
-def open_dataset(data_path: str, train: bool) -> Dataset:
+def open_dataset(data_path: str, train: bool, cache_dir: str = "") -> Dataset:
     """A data set of (PIL image, label) pairs; files are decoded when their pixels are wanted.
 
     Args:
         data_path: a name of `NAMED`, or a folder with `train/` and `val/`, or, for training, any
             folder of images. `./digits` is a folder, `digits` a name.
+        cache_dir: where a large folder's list of files is kept for the next time; '' nowhere.
     Raises:
         UserError: no such folder or name, no images there, or the download failed.
     """
@@ -116,7 +137,8 @@ def open_dataset(data_path: str, train: bool) -> Dataset:
             )
         split = root
     try:
-        dataset = _image_folder(split)
+        cache = Path(cache_dir) / f"files-{'train' if train else 'val'}.json" if cache_dir else None
+        dataset = ImageFiles(split, cache)
     except PermissionError as error:
         raise UserError(f"--data_path {data_path}: {error.filename}: not readable") from None
     if len(dataset) == 0:
@@ -145,7 +167,10 @@ def read_image(
 
 
 def open_labelled(
-    data_path: str, nb_classes: int | None = None, val_fraction: float = 0.0
+    data_path: str,
+    nb_classes: int | None = None,
+    val_fraction: float = 0.0,
+    cache_dir: str = "",
 ) -> tuple[Dataset, Dataset, int]:
     """Training and validation images with labels, and the number of classes.
 
@@ -153,11 +178,12 @@ def open_labelled(
         nb_classes: what the data must hold, if given.
         val_fraction: if not 0, the share of each class's training images to validate on, in place
             of the data set's own validation images; the same ones every time.
+        cache_dir: as `open_dataset`'s.
     Raises:
         UserError: no labels, one class, different classes for training and validation, another
             number than nb_classes; or as `open_dataset`.
     """
-    train = open_dataset(data_path, train=True)
+    train = open_dataset(data_path, True, cache_dir)
     classes = _classes(train)
     if len(classes) < 2:
         raise UserError(
@@ -168,7 +194,7 @@ def open_labelled(
         raise UserError(f"--nb_classes {nb_classes}: {data_path} has {len(classes)} classes")
     if val_fraction:
         return *_hold_out(train, val_fraction), len(classes)
-    val = open_dataset(data_path, train=False)
+    val = open_dataset(data_path, False, cache_dir)
     if classes != _classes(val):
         odd = sorted(set(classes) ^ set(_classes(val)))
         raise UserError(

@@ -1,0 +1,126 @@
+"""Files are listed as torchvision lists them, and a kept list is believed only while it is true."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from torchvision import datasets
+
+import util.file_list
+from util.datasets import open_dataset
+from util.file_list import list_files
+
+LONG_AGO = 1_600_000_000  # seconds
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Class folders whose names sort differently with and without what is below them."""
+    for name in ("a/2.png", "a/10.png", "a/x/1.jpg", "a-b/1.JPEG", "b/note.txt", ".c/1.png"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return settle(tmp_path / "images")
+
+
+def settle(folder: Path) -> Path:
+    """As if nothing had changed for years."""
+    for path, _, _ in os.walk(folder):
+        os.utime(path, (LONG_AGO, LONG_AGO))
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(util.file_list, "WORTH_KEEPING", 1)
+    return tmp_path / "output" / "files.json"
+
+
+def test_images_and_labels_are_image_folder_s(folder):
+    ours = open_dataset(str(folder), train=True)
+    theirs = datasets.ImageFolder(folder, allow_empty=True)
+    assert ours.samples == theirs.samples
+    assert ours.targets == theirs.targets
+    assert ours.class_to_idx == theirs.class_to_idx
+
+
+def walks(monkeypatch, folder: Path, cache: Path) -> tuple[bool, dict]:
+    """Whether a listing looked at the folder's files, and the listing."""
+    walked = []
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *a, **k: walked.append(a) or walk(*a, **k))
+    listing = list_files(folder, cache)
+    monkeypatch.setattr(os, "walk", walk)
+    return bool(walked), listing
+
+
+def test_a_list_is_kept(folder, cache, monkeypatch):
+    first, second = (walks(monkeypatch, folder, cache) for _ in range(2))
+    assert (first[0], second[0]) == (True, False)
+    assert first[1] == second[1]
+    assert first[1]["a"] == ["10.png", "2.png"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "a/x/3.png").touch(),
+        lambda folder: (folder / "a/2.png").unlink(),
+        lambda folder: (folder / "a/2.png").rename(folder / "a/3.png"),
+        lambda folder: (folder / "d").mkdir(),
+        lambda folder: (folder / "b").rename(folder / "e"),
+    ],
+    ids=["added", "removed", "renamed", "new folder", "folder renamed"],
+)
+def test_a_kept_list_is_not_believed_after_a_change(folder, cache, monkeypatch, change):
+    walks(monkeypatch, folder, cache)
+    change(folder)
+    again, listing = walks(monkeypatch, folder, cache)
+    assert again
+    assert listing == list_files(folder)
+
+
+def test_another_folder_s_list_is_not_believed(folder, cache, tmp_path, monkeypatch):
+    walks(monkeypatch, folder, cache)
+    (tmp_path / "other").mkdir()
+    assert walks(monkeypatch, tmp_path / "other", cache) == (True, {"": []})
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"root": 1, "times": 2, "files": 3}'])
+def test_a_damaged_list_is_not_believed(folder, cache, monkeypatch, content):
+    cache.parent.mkdir()
+    cache.write_text(content)
+    assert walks(monkeypatch, folder, cache)[0]
+
+
+def test_a_list_made_while_files_still_arrive_is_not_kept(folder, cache, monkeypatch):
+    (folder / "a/now.png").touch()
+    list_files(folder, cache)
+    assert not cache.exists()
+
+
+def test_small_folders_leave_nothing_behind(folder, tmp_path):
+    list_files(folder, tmp_path / "output/files.json")
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_list_of_100_000_files_opens_within_a_second(tmp_path):
+    root = tmp_path / "images"
+    for label in range(1000):
+        (root / f"{label:03}").mkdir(parents=True)
+    settle(root)
+    files = {
+        f"{label:03}": [f"{label:03}_{i:05}.JPEG" for i in range(100)] for label in range(1000)
+    }
+    files[""] = []
+    times = dict.fromkeys(files, LONG_AGO * 10**9)
+    kept = {"root": str(root.resolve()), "times": times, "files": files}
+    (tmp_path / "files-train.json").write_text(json.dumps(kept))
+
+    begin = time.process_time()
+    dataset = open_dataset(str(root), train=True, cache_dir=str(tmp_path))
+    assert time.process_time() - begin < 1
+    assert len(dataset) == 100_000
+    assert dataset.samples[-1] == (str(root / "999" / "999_00099.JPEG"), 999)

@@ -1,0 +1,61 @@
+"""What files lie below a folder: listed once, and kept beside the output for the next start."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+WORTH_KEEPING = 10_000  # files; fewer are listed in less than a second even on slow disks
+SETTLED = 2 * 10**9  # nanoseconds: a file system's clock may be as coarse as that
+
+
+def list_files(root: Path, cache: Path | None = None) -> dict[str, list[str]]:
+    """Sorted file names by folder, "" for the root itself and "a/b" below it; links are followed.
+
+    Args:
+        cache: a file of `root`'s names. It is believed as long as no folder's modification time
+            is another, as it is when files or folders were added, removed or renamed; and written
+            when there are many files.
+    Raises:
+        PermissionError: a folder is not readable.
+    """
+    kept = _read(root, cache) if cache else None
+    if kept is not None:
+        return kept
+    listing, times = {}, {}
+    for folder, _, names in os.walk(root, followlinks=True, onerror=_raise):
+        relative = os.path.relpath(folder, root)
+        relative = "" if relative == os.curdir else relative
+        times[relative] = os.stat(folder).st_mtime_ns
+        listing[relative] = sorted(names)
+    listing = {folder: listing[folder] for folder in sorted(listing)}
+    settled = max(times.values()) < time.time_ns() - SETTLED  # else a change may still go unseen
+    if cache and settled and sum(map(len, listing.values())) >= WORTH_KEEPING:
+        _write(cache, {"root": str(root.resolve()), "times": times, "files": listing})
+    return listing
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _read(root: Path, cache: Path) -> dict[str, list[str]] | None:
+    try:
+        kept = json.loads(cache.read_text())
+        if kept["root"] != str(root.resolve()):
+            return None
+        if all(os.stat(root / f).st_mtime_ns == time for f, time in kept["times"].items()):
+            return kept["files"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not one of ours
+        pass
+    return None
+
+
+def _write(cache: Path, content: dict) -> None:
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content))
+        os.replace(temporary, cache)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # only time is lost
