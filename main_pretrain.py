@@ -69,6 +69,7 @@ def main(args: argparse.Namespace) -> None:
     log = RunLog(args, run.epoch, run.epoch * steps_per_epoch + run.step)
     preview = preview_images(images, PREVIEW_IMAGES, args.input_size)
 
+    model.grad_checkpointing = args.grad_checkpointing
     if args.compile:
         model.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block, PatchEmbed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from util.checkpoint import load_model
 from util.errors import UserError
@@ -71,6 +72,7 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError(f"std {std} is negative")
         self.norm_pix_loss, self.noise_loss, self.std = norm_pix_loss, noise_loss, std
         self.contrastive, self.reconstruct = contrastive, reconstruct
+        self.grad_checkpointing = False  # keep blocks' inputs alone and compute the rest twice
 
         def blocks(dim: int, depth: int, heads: int) -> nn.ModuleList:
             return nn.ModuleList(
@@ -162,6 +164,14 @@ class MaskedAutoencoderViT(nn.Module):
         noise = sigma * torch.randn_like(imgs)
         return imgs + noise, noise, level if self.std > 0 else torch.zeros_like(level)
 
+    def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        for block in blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
     def forward_encoder(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
         """Encodes a random part of the patches of images [N, C, H, W].
 
@@ -182,8 +192,7 @@ class MaskedAutoencoderViT(nn.Module):
 
         cls_token = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
+        x = self._run(self.blocks, x)
         return self.norm(x), mask, ids_restore
 
     def features(self, imgs: Tensor) -> Tensor:
@@ -214,8 +223,7 @@ class MaskedAutoencoderViT(nn.Module):
         patches = patches.gather(1, ids_restore[:, :, None].expand(-1, -1, x.shape[2]))
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
 
-        for block in self.decoder_blocks:
-            x = block(x)
+        x = self._run(self.decoder_blocks, x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     @staticmethod

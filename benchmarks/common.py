@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' own folder
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # where the scripts are
 
 SECONDS = 1.0  # of measuring each contender, at least
 ROUNDS = 3  # measurements of each contender, at least

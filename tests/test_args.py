@@ -12,7 +12,7 @@ from util.args import pretrain_parser
 PRETRAIN_FLAGS = {
     "accum_iter": 1, "batch_size": 64, "blr": 1e-3, "compile": False, "data_path": "x",
     "device": None, "dist_on_itp": False, "dist_url": "env://", "epochs": 400, "eval_freq": 0,
-    "input_size": 224,
+    "grad_checkpointing": False, "input_size": 224,
     "local_negatives": False, "local_rank": -1, "log_dir": "./output_dir", "lr": None,
     "mask_ratio": 0.5, "min_lr": 0.0, "model": "mae_vit_large_patch16", "noise_loss": True,
     "norm_pix_loss": False, "num_workers": 10, "output_dir": "./output_dir", "pin_mem": True,

@@ -317,3 +317,21 @@ def test_released_sizes(name, parameters):
 
 def test_builders_and_table_agree():
     assert {name for name in vars(model_mae) if name.startswith("mae_vit_")} == set(MODELS)
+
+
+def test_checkpointed_activations_change_no_gradient():
+    gradients, saved = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = model_mae.mae_vit_tiny_patch4(img_size=16, noise_loss=True)
+        model.grad_checkpointing = checkpointing
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: (kept.append(x.numel()), x)[1], lambda x: x
+        ):
+            parts = model(torch.randn(4, 3, 16, 16), mask_ratio=0.5)
+        (parts["reconstruction"] + parts["noise"] + parts["embedding"].sum()).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        saved.append(sum(kept))
+    assert saved[1] < saved[0] / 4
+    torch.testing.assert_close(gradients[1], gradients[0])

@@ -321,6 +321,12 @@ def pretrain_parser() -> Parser:
         help="reconstruct pixels normalised within each patch",
     )
     group.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="compute activations a second time in the backward pass: far less memory, "
+        "a third more time",
+    )
+    group.add_argument(
         "--local_negatives",
         action="store_true",
         help="contrast with this process's images only, as the public release did",
