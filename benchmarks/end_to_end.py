@@ -9,6 +9,7 @@ loader, the script as people run it; the script should come close to the slower 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -68,7 +69,8 @@ def step_rate(options: argparse.Namespace, device: torch.device, steps: int) -> 
 
 def script_rate(words: list[str], output: Path) -> float:
     command = [sys.executable, str(ROOT / "main_pretrain.py"), *words]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
     epochs = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
     rates = [epoch["train_images_per_second"] for epoch in epochs[1:]]
     return sum(rates) / len(rates)
@@ -76,6 +78,8 @@ def script_rate(words: list[str], output: Path) -> float:
 
 def main(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # the loader has cores of its own
     print(describe_machine(device))
     encoded = photo(*FILES[0])
     with tempfile.TemporaryDirectory() as name:

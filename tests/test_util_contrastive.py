@@ -1,6 +1,7 @@
 """The two crops: where they are cut, from what they are decoded, and when they are finished."""
 
 import io
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -66,17 +67,37 @@ def test_jpegs_are_decoded_at_the_scale_that_no_crop_outgrows(photo, size, expec
         assert (crop - reference).abs().mean() < 0.4 * (shifted - reference).abs().mean()
 
 
-def test_views_finished_in_batches_are_those_finished_one_by_one(photos):
-    dataset = open_dataset(str(photos), train=True)
-    now = SeededDataset(dataset, TwoCrops(32), seed=0)
-    later = SeededDataset(dataset, TwoCrops(32, defer=True), seed=0)
-    samples = [later[1, i][0] for i in range(6)]
-    views = [tuple(map(torch.stack, zip(*(s[v] for s in samples), strict=True))) for v in (0, 1)]
-    assert views[0][0].dtype == torch.uint8
-    finished = later.transform.finish(views, torch.device("cpu"))
-    for i in range(6):
-        for view, expected in zip(finished, now[1, i][0], strict=True):
-            torch.testing.assert_close(view[i], expected, rtol=0, atol=1e-5)
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda:0",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ),
+    ],
+)
+def test_views_finished_in_batches_are_those_finished_one_by_one(photos, device):
+    args = Namespace(
+        data_path=str(photos),
+        output_dir="",
+        batch_size=8,
+        accum_iter=1,
+        seed=0,
+        num_workers=0,
+        pin_mem=True,
+    )
+    batches = []
+    for defer, where in ((False, "cpu"), (True, device)):
+        transform = TwoCrops(32, defer)
+        loader = train_loader(args, transform, torch.device(where), transform.finish)
+        loader.sampler.set_epoch(1)
+        batches.append([views for views, _ in loader])
+    assert len(batches[0]) == 6
+    for one_by_one, together in zip(*batches, strict=True):
+        for expected, view in zip(one_by_one, together, strict=True):
+            assert view.device == torch.device(device)
+            torch.testing.assert_close(view.cpu(), expected, rtol=0, atol=1e-4)
 
 
 def test_half_of_the_views_are_flipped():
@@ -95,20 +116,3 @@ def test_a_truncated_jpeg_is_named(photo, tmp_path):
     dataset = SeededDataset(open_dataset(str(tmp_path), train=True), TwoCrops(224), seed=0)
     with pytest.raises(Exception, match=r"short\.jpg is not a readable image \(.*truncated"):
         dataset[0, 0]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_s_loader_yields_what_a_cpu_s_does(photos):
-    from argparse import Namespace
-
-    args = Namespace(
-        data_path=str(photos), batch_size=8, accum_iter=1, seed=0, num_workers=1, pin_mem=True
-    )
-    batches = {}
-    for device in (torch.device("cpu"), torch.device("cuda", 0)):
-        transform = TwoCrops(32, defer=device.type == "cuda")
-        loader = train_loader(args, transform, device, transform.finish)
-        loader.sampler.set_epoch(0)
-        batches[device.type] = [[view.cpu() for view in views] for views, _ in loader]
-    for cpu, gpu in zip(batches["cpu"], batches["cuda"], strict=True):
-        torch.testing.assert_close(gpu, cpu, rtol=0, atol=1e-4)
