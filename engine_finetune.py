@@ -57,7 +57,7 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
     source = args.resume if args.eval else args.finetune
     weights = load(source)["model"] if source else None
     train, val, classes = from_rank_zero(
-        lambda: open_labelled(args.data_path, args.nb_classes, args.val_fraction)
+        lambda: open_labelled(args.data_path, args.nb_classes, args.val_fraction, args.output_dir)
     )
     val_data = SeededDataset(val, eval_transform(args.input_size), args.seed)
     val_loader = eval_loader(val_data, args, device, share=args.dist_eval)

@@ -22,7 +22,7 @@ from loader import FILES, photo
 from train_step import training_step
 
 from util.args import pretrain_parser
-from util.datasets import train_loader
+from util.datasets import SeededDataset, open_dataset, train_loader
 from util.precision import Precision
 from util_contrastive import pretrain_transform
 
@@ -45,7 +45,8 @@ def flags(options: argparse.Namespace, folder: Path) -> list[str]:
 
 def loader_rate(args: argparse.Namespace, device: torch.device) -> float:
     transform = pretrain_transform(args.input_size, device)
-    loader = train_loader(args, transform, device, transform.finish)
+    data = SeededDataset(open_dataset(args.data_path, train=True), transform, args.seed)
+    loader = train_loader(data, args, device, transform.finish)
     for epoch in range(2):  # the first starts the processes
         loader.sampler.set_epoch(epoch)
         begin = time.perf_counter()

@@ -79,8 +79,6 @@ def test_jpegs_are_decoded_at_the_scale_that_no_crop_outgrows(photo, size, expec
 )
 def test_views_finished_in_batches_are_those_finished_one_by_one(photos, device):
     args = Namespace(
-        data_path=str(photos),
-        output_dir="",
         batch_size=8,
         accum_iter=1,
         seed=0,
@@ -90,7 +88,8 @@ def test_views_finished_in_batches_are_those_finished_one_by_one(photos, device)
     batches = []
     for defer, where in ((False, "cpu"), (True, device)):
         transform = TwoCrops(32, defer)
-        loader = train_loader(args, transform, torch.device(where), transform.finish)
+        data = SeededDataset(open_dataset(str(photos), train=True), transform, args.seed)
+        loader = train_loader(data, args, torch.device(where), transform.finish)
         loader.sampler.set_epoch(1)
         batches.append([views for views, _ in loader])
     assert len(batches[0]) == 6
