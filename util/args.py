@@ -507,3 +507,147 @@ def check_linprobe(args: argparse.Namespace) -> None:
         raise ValueError("--knn trains nothing: it takes --finetune, not --eval or --resume")
     if args.batch_size == 1:
         raise ValueError("--batch_size 1: the probe's BatchNorm needs two images or more")
+
+
+def seeds(text: str) -> list[int]:
+    """An argparse type: SLURM's notation of an array, `0-2,7` is [0, 1, 2, 7]."""
+    found = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not (first.isdigit() and (last.isdigit() or not dash)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds such as 0-2 or 0,5")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def setting(text: str) -> tuple[str, list[str]]:
+    """An argparse type: `name=v1,v2` is ("name", ["v1", "v2"])."""
+    name, _, values = text.partition("=")
+    if not name or not all(values.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,VALUE")
+    return name, values.split(",")
+
+
+def job_flags() -> argparse.ArgumentParser:
+    """What a submission adds to a script's flags, for `parents=`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    count, positive = number(int, 0), number(int, 1)
+
+    group = parser.add_argument_group("job")
+    group.add_argument(
+        "--cluster",
+        choices=("auto", "slurm", "local", "debug"),
+        default="auto",
+        help="local: processes of this machine, debug: one process, here and now; "
+        "auto: slurm where there is an srun, else local",
+    )
+    group.add_argument("--nodes", type=positive, default=2, help="machines")
+    group.add_argument(
+        "--ngpus", type=count, default=8, help="GPUs per node, one process each; 0: CPUs"
+    )
+    group.add_argument(
+        "--tasks_per_node",
+        type=positive,
+        default=None,
+        help="processes per node; if not given, one per GPU, or with --ngpus 0 one",
+    )
+    group.add_argument("--cpus_per_task", type=positive, default=10, help="CPU cores per process")
+    group.add_argument(
+        "--mem_gb",
+        type=positive,
+        default=None,
+        help="memory per node; if not given, 40 per GPU, or with --ngpus 0 the partition's own",
+    )
+    group.add_argument("--timeout", type=positive, default=4320, help="time limit, in minutes")
+    group.add_argument(
+        "--requeue_limit",
+        type=count,
+        default=30,
+        help="how often the job may be requeued after a time limit, a preemption or a failed node",
+    )
+    group.add_argument(
+        "--job_dir",
+        default="jobs/%j",
+        help="folder of the job's logs, and its --output_dir unless that is given; "
+        "%%j becomes the job's id",
+    )
+    group.add_argument("--partition", help="queue; if not given, the cluster's default")
+    group.add_argument("--constraint", help="features that nodes must have")
+    group.add_argument("--use_volta32", action="store_true", help="--constraint volta32gb")
+    group.add_argument("--account", help="who is charged")
+    group.add_argument("--qos", help="quality of service, if the cluster has several")
+    group.add_argument("--comment", help="shown to the cluster's administrators")
+    group.add_argument(
+        "--slurm_setup",
+        action="append",
+        metavar="COMMAND",
+        help="shell command to run on the first node before the processes start; may be repeated",
+    )
+
+    group = parser.add_argument_group("sweep and waiting")
+    group.add_argument(
+        "--array",
+        type=seeds,
+        nargs="?",
+        const=[],
+        metavar="SEEDS",
+        help="submit a job array with one run per --seed, such as 0-2 or 0,5",
+    )
+    group.add_argument(
+        "--set",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="NAME=V1,V2",
+        help="submit a job array with one run per value of a flag; if repeated, of all "
+        "combinations",
+    )
+    group.add_argument(
+        "--wait",
+        action="store_true",
+        help="follow the job to its end; exit 0 if it succeeded, else 1",
+    )
+    return parser
+
+
+def check_job(args: argparse.Namespace) -> None:
+    """Resolves a submission's own defaults; raises ValueError for what cannot be submitted."""
+    if args.ngpus == 0 and args.device == "cuda":
+        raise ValueError("--device cuda needs GPUs: --ngpus is 0")
+    if args.ngpus > 0 and args.device == "cpu":
+        raise ValueError(f"--device cpu needs none of --ngpus {args.ngpus}: give --ngpus 0")
+    if args.ngpus > 0 and args.tasks_per_node not in (None, args.ngpus):
+        raise ValueError(
+            f"--tasks_per_node {args.tasks_per_node}: each process has a GPU of its own, "
+            f"and --ngpus is {args.ngpus}"
+        )
+    args.device = "cuda" if args.ngpus else "cpu"  # not to train for days on the wrong one
+    args.tasks_per_node = args.tasks_per_node or args.ngpus or 1
+    args.mem_gb = args.mem_gb or 40 * args.ngpus or None
+
+    args.job_dir = os.path.abspath(os.path.expanduser(args.job_dir))
+    if args.output_dir is None:
+        args.output_dir = args.job_dir
+    if not args.output_dir and args.requeue_limit > 0:
+        raise ValueError("--output_dir '' saves nothing to go on from: it needs --requeue_limit 0")
+    if found := set(args.job_dir.replace("%j", "")) & set("%\\'\"\n"):
+        raise ValueError(  # sbatch reads them as patterns and quotes
+            f"--job_dir {args.job_dir!r}: SLURM's paths cannot hold {min(found)!r}, except as %j"
+        )
+    if args.array == [] and not args.set:
+        raise ValueError("--array needs seeds, such as 0-2, or a --set NAME=V1,V2")
+
+
+def job_parser(script: Parser) -> Parser:
+    """The flags of a script, given its parser, and of its submission."""
+
+    def check(args: argparse.Namespace) -> None:
+        check_job(args)
+        script.check(args)
+
+    parents = [script, job_flags()]
+    parser = Parser(
+        description=f"{script.description}, submitted", parents=parents, check=check, add_help=False
+    )
+    parser.set_defaults(output_dir=None)
+    return parser

@@ -1,0 +1,11 @@
+"""Submits main_linprobe.py to SLURM: takes its flags, and those of the job.
+
+Example:
+    python submitit_linprobe.py --nodes 1 --ngpus 8 --data_path IMAGES --finetune CHECKPOINT
+"""
+
+from util.args import linprobe_parser
+from util.submit import submit
+
+if __name__ == "__main__":
+    submit("main_linprobe", linprobe_parser())

@@ -1,0 +1,307 @@
+"""Jobs on a real SLURM of two nodes (tests/slurm.sh): same weights, whatever happens to them.
+
+REQUIRE_SLURM=1 fails these tests, rather than skipping them, where the cluster cannot be started.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, free_port, python
+
+pytestmark = pytest.mark.slurm
+
+# 15 steps of 2 processes x 128 images, on CPUs.
+RUN = [*TINY, "--data_path", "digits", "--batch_size", "128", "--epochs", "3"]
+RUN += ["--warmup_epochs", "1", "--save_interval", "1000"]
+TWO_NODES = ["--ngpus", "0", "--nodes", "2"]
+STOPPED = "stopped by SIGUSR2 after saving"
+ONE_NODE = ["--ngpus", "0", "--nodes", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster(tmp_path_factory):
+    root = os.environ.get("SLURM_ROOT") or tmp_path_factory.mktemp("slurm")
+    env = {"SLURM_ROOT": str(root), "SLURM_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        script = [ROOT / "tests/slurm.sh"]
+        started = subprocess.run([*script, "up"], capture_output=True, text=True)
+        if started.returncode:
+            fail_or_skip = pytest.fail if os.environ.get("REQUIRE_SLURM") else pytest.skip
+            fail_or_skip(f"no SLURM: {started.stderr.strip()}")
+        for line in subprocess.check_output([*script, "env"], text=True).splitlines():
+            for name, value in re.findall(r"(\w+)=(\S+)", line):
+                patch.setenv(name, os.path.expandvars(value))
+        try:
+            yield
+        finally:
+            subprocess.run([*script, "down"], check=True)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Path:
+    """The folder of the run that nothing happened to, by torchrun."""
+    folder = tmp_path_factory.mktemp("reference")
+    done = python("main_pretrain.py", *RUN, "--output_dir", folder, processes=2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+class Submitted:
+    """A job, or an array, in a folder of its own."""
+
+    def __init__(self, folder: Path, *flags: str, script: str = "submitit_pretrain.py"):
+        command = [sys.executable, ROOT / script, *RUN, "--cpus_per_task", "1", *flags]
+        self.folder = folder
+        self.result = subprocess.run(
+            [str(word) for word in command], cwd=folder, capture_output=True, text=True, timeout=300
+        )
+        self.ids = re.findall(r"^job (\S+) \(slurm\)", self.result.stdout, re.MULTILINE)
+
+    @property
+    def id(self) -> str:
+        return self.ids[0]
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "jobs" / self.id
+
+    def log(self, rank: int = 0) -> str:
+        path = self.output / f"{self.id}_{rank}_log.out"
+        return path.read_text() if path.exists() else ""
+
+    def state(self) -> str:
+        return squeue("-t", "all", "-j", self.id, "-o", "%T")
+
+    def wait_for_line(self, pattern: str) -> None:
+        wait_until(lambda: re.search(pattern, self.log()) or self.state() == "FAILED", pattern)
+        assert re.search(pattern, self.log()), self.log()
+
+    def wait_for_end(self) -> str:
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        wait_until(lambda: self.state() in ends, "the job's end")
+        return self.state()
+
+    def processes(self) -> list[int]:
+        """The pids of its tasks, by rank."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                text = (folder / "environ").read_text()
+            except OSError:  # gone in the meantime
+                continue
+            env = dict(word.partition("=")[::2] for word in text.split("\0"))
+            is_task = words[1:4] == [b"-u", b"-m", b"submitit.core._submit"]
+            if is_task and env.get("SLURM_JOB_ID") == self.id:
+                found[int(env["SLURM_PROCID"])] = int(folder.name)
+        return [found[rank] for rank in sorted(found)]
+
+    def freeze(self) -> None:
+        """Stops its processes' clock; SLURM sets it going again before it sends a signal."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGSTOP)
+
+
+def squeue(*words: str) -> str:
+    return subprocess.check_output(["squeue", "-h", *words], text=True).strip()
+
+
+def scontrol(*words: str) -> None:
+    subprocess.run(["scontrol", *words], check=True)
+
+
+def preempt() -> None:
+    """Runs a job that takes both nodes from whatever is there, with SLURM's signal and grace."""
+    command = ["sbatch", "-p", "high", "-N", "2", "-c", "64", "-o", "/dev/null"]
+    subprocess.run([*command, "--wrap", "true"], check=True, stdout=subprocess.DEVNULL)
+
+
+def wait_until(true: Callable[[], object], what: str, timeout: float = 150) -> None:
+    end = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < end, f"{what}: not within {timeout} s"
+        time.sleep(0.1)
+
+
+def assert_same_state(folder: Path, reference: Path) -> None:
+    """Weights and optimiser state are equal bit for bit, and every epoch is in the log once."""
+    ours, theirs = (
+        torch.load(path / "checkpoint-last.pth", weights_only=True) for path in (folder, reference)
+    )
+    assert ours["epoch"] == theirs["epoch"] == 2
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
+    lines = (folder / "log.txt").read_text().splitlines()
+    assert [re.search(r'"epoch": (\d)', line)[1] for line in lines] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("place", [TWO_NODES, [*ONE_NODE, "--tasks_per_node", "2"]])
+def test_two_tasks_train_as_torchrun_does(place, reference, tmp_path):
+    job = Submitted(tmp_path, *place, "--wait")
+    assert job.result.returncode == 0, job.result.stderr
+    assert "epoch 2 [5/5]" in job.result.stdout
+    assert_same_state(job.output, reference)
+
+
+def test_a_job_goes_on_after_its_time_limit(reference, tmp_path):
+    job = Submitted(tmp_path, *TWO_NODES, "--timeout", "1")
+    job.wait_for_line(r"epoch 0 \[")
+    job.freeze()  # the run takes less than a minute
+    assert job.wait_for_end() == "COMPLETED", job.log()
+    assert STOPPED in job.log()
+    assert "this job is timed-out" in job.log()
+    assert re.search(r"resumed .+ epoch [01], step [1-4]\n", job.log()), "not within an epoch"
+    assert_same_state(job.output, reference)
+
+
+def test_a_job_goes_on_after_three_preemptions(reference, tmp_path):
+    job = Submitted(tmp_path, *TWO_NODES)
+    for starts in (1, 2, 3):
+        wait_until(lambda n=starts: len([*tmp_path.rglob("events.*")]) == n, f"start {starts}")
+        job.freeze()  # or it might be done before
+        preempt()
+        wait_until(lambda n=starts: job.log().count(STOPPED) == n, f"stop {starts}")
+    assert job.wait_for_end() == "COMPLETED", job.log()
+    assert len(re.findall(r"resumed .+ epoch \d", job.log())) == 3
+    assert_same_state(job.output, reference)
+
+
+def test_a_job_goes_on_after_an_administrators_requeue_and_a_failed_node(reference, tmp_path):
+    job = Submitted(tmp_path, *TWO_NODES)
+    job.wait_for_line(r"epoch 0 \[")
+    scontrol("requeue", job.id)
+    job.wait_for_line(r"resumed .+: epoch 1")
+    scontrol("update", "nodename=node2", "state=down", "reason=test")
+    wait_until(lambda: job.state() == "PENDING", "requeued")
+    # Down on request, it may come back by itself, and cannot then be resumed.
+    subprocess.run(["scontrol", "update", "nodename=node2", "state=resume"], stderr=subprocess.PIPE)
+    assert job.wait_for_end() == "COMPLETED", job.log()
+    assert len(re.findall(r"resumed .+: epoch \d", job.log())) == 2
+    assert_same_state(job.output, reference)
+
+
+def test_a_job_is_not_requeued_beyond_its_limit(tmp_path):
+    job = Submitted(tmp_path, *ONE_NODE, "--requeue_limit", "0", "--epochs", "100")
+    job.wait_for_line("device: cpu x 1")
+    subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
+    assert job.wait_for_end() == "FAILED"
+    assert (job.output / "checkpoint-last.pth").exists()
+    assert f"--requeue_limit is 0; to go on: --output_dir {job.output} --resume auto" in job.log()
+
+
+def test_a_cancelled_job_stays_cancelled(tmp_path):
+    job = Submitted(tmp_path, *ONE_NODE, "--epochs", "100")
+    job.wait_for_line("device: cpu x 1")
+    subprocess.run(["scancel", job.id], check=True)
+    assert job.wait_for_end() == "CANCELLED"
+    time.sleep(7)  # longer than a requeued job is held back
+    assert job.state() == "CANCELLED"
+
+
+def test_a_process_that_dies_ends_the_job_and_is_named(tmp_path):
+    flags = [str(word) for word in (*RUN, *TWO_NODES, "--cpus_per_task", "1", "--epochs", "100")]
+    command = [sys.executable, str(ROOT / "submitit_pretrain.py"), *flags, "--wait"]
+    follower = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    job = Submitted.__new__(Submitted)
+    job.folder = tmp_path
+    wait_until(lambda: list(tmp_path.glob("jobs/*/*_0_log.out")), "the job's log")
+    job.ids = [next(tmp_path.glob("jobs/*")).name]
+    job.wait_for_line(r"device: cpu x 2")
+    begin = time.monotonic()
+    os.kill(job.processes()[1], signal.SIGKILL)
+    output, errors = follower.communicate(timeout=60)
+    assert time.monotonic() - begin < 60
+    assert follower.returncode == 1
+    assert f"job {job.id} is FAILED" in output
+    assert f"job {job.id} failed: srun: error: node2: task 1: Killed" in errors
+    assert "Traceback" not in errors
+
+
+def test_the_reason_for_a_failure_is_shown(tmp_path):
+    job = Submitted(tmp_path, *TWO_NODES, "--batch_size", "4000", "--wait")
+    assert job.result.returncode == 1
+    message, _, rank = job.result.stderr.rpartition(" (rank ")
+    assert message == (
+        f"job {job.id} failed: main_pretrain.py: error: 1437 images do not fill one step of 8000 "
+        "(batch_size x accum_iter x processes)"
+    )
+    assert rank in ("0)\n", "1)\n")
+    assert not list(job.output.glob("*_result.pkl"))  # no pickled traceback
+
+
+def test_gpus_are_asked_for_and_a_node_without_them_is_an_error(tmp_path):
+    flags = ["--ngpus", "2", "--nodes", "1", "--device", "cuda", "--wait", "--use_volta32"]
+    flags += ["--comment", "a comment", "--slurm_setup", "echo GPUS $CUDA_VISIBLE_DEVICES"]
+    job = Submitted(tmp_path, *flags)
+    assert job.result.returncode == 1
+    assert "--device cuda: no usable GPU here" in job.result.stderr
+    assert "GPUS 0,1" in job.log()
+    shown = subprocess.check_output(["scontrol", "show", "job", job.id], text=True)
+    for setting in ("Features=volta32gb", "Comment=a comment", "MinMemoryNode=80G", "Requeue=1"):
+        assert setting in shown
+
+
+def test_a_sweep_is_one_array_with_a_result_each(tmp_path):
+    flags = [*ONE_NODE, "--array", "0-2", "--epochs", "1", "--wait", "--job_dir", "a sweep/%j"]
+    job = Submitted(tmp_path, *flags)
+    assert job.result.returncode == 0, job.result.stderr
+    assert len(job.ids) == 3
+    assert len({job_id.partition("_")[0] for job_id in job.ids}) == 1
+    weights = []
+    for seed, job_id in enumerate(job.ids):
+        state = torch.load(tmp_path / "a sweep" / job_id / "checkpoint-0.pth", weights_only=True)
+        assert state["args"]["seed"] == seed
+        weights.append(state["model"]["decoder_pred.weight"])
+        assert f"seed={seed}: job {job_id} is COMPLETED" in job.result.stdout
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+
+
+@pytest.mark.parametrize("script", ["submitit_finetune.py", "submitit_linprobe.py"])
+def test_the_other_scripts_are_jobs_too(script, tmp_path):
+    flags = [*TWO_NODES, "--model", "vit_tiny_patch4", "--epochs", "1", "--wait"]
+    job = Submitted(tmp_path, *flags, script=script)
+    assert job.result.returncode == 0, job.result.stderr
+    assert (job.output / "checkpoint-0.pth").exists()
+    assert "device: cpu x 2" in job.log()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        (["--batch_size", "0"], 2, "0 is outside [1, inf)"),
+        (["--set", "blr=1e-3,much"], 2, "'much' is not a number"),
+        (["--partition", "nope"], 1, "invalid partition specified: nope"),
+        (["--job_dir", "/proc/nope/%j"], 1, "/proc/nope: No such file or directory"),
+    ],
+)
+def test_an_error_in_the_flags_submits_nothing(flags, status, words, tmp_path):
+    before = squeue("-t", "all", "-o", "%i")
+    job = Submitted(tmp_path, *ONE_NODE, *flags)
+    assert job.result.returncode == status
+    assert job.result.stderr.count("\n") == 1
+    assert "submitit_pretrain.py: error: " in job.result.stderr
+    assert words in job.result.stderr
+    assert squeue("-t", "all", "-o", "%i") == before
+    assert [path for path in tmp_path.rglob("*") if path.name != "jobs"] == []
+
+
+def test_submitting_takes_less_than_two_seconds(tmp_path):
+    begin = time.monotonic()
+    job = Submitted(tmp_path, *ONE_NODE)
+    assert time.monotonic() - begin < 2
+    for shown in ("folder", "tail -F", "tensorboard --logdir", f"scancel {job.id}"):
+        assert shown in job.result.stdout
+    subprocess.run(["scancel", job.id], check=True)

@@ -1,0 +1,114 @@
+"""What runs in each task of a submitted job: a script, resumed where the job stood before."""
+
+import argparse
+import importlib
+import logging
+import os
+import re
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import submitit
+
+from util.follow import slurm_states
+
+
+class Job:
+    """A script's run over all starts of a job.
+
+    A stop request (time limit, preemption) reaches the training loop, which saves at its next step
+    on all ranks and ends; rank 0 then has the job requeued. Its next start resumes that. A job
+    that SLURM itself requeues (`scontrol requeue`, a failed node) does so from the last save.
+
+    Args:
+        module: the script's name, such as main_pretrain.
+        args: its flags; %j in a folder's name becomes the job's id.
+        requeue_limit: starts after the first.
+        restarts: so far, where SLURM does not count them.
+    """
+
+    def __init__(
+        self, module: str, args: argparse.Namespace, requeue_limit: int, restarts: int = 0
+    ):
+        self.module, self.args = module, args
+        self.requeue_limit, self.restarts = requeue_limit, restarts
+
+    def __call__(self) -> None:
+        try:
+            self._run(submitit.JobEnvironment())
+        except Exception:
+            # Otherwise submitit would pickle the traceback, raise again and log it twice.
+            traceback.print_exc()
+            sys.exit(1)
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """The job's next start; submitit calls this on rank 0 alone: nothing collective in here."""
+        again = Job(self.module, self.args, self.requeue_limit, self.restarts + 1)
+        return submitit.helpers.DelayedSubmission(again)
+
+    def _run(self, env: submitit.JobEnvironment) -> None:
+        _join(env)
+        sys.argv = [f"{self.module}.py"]  # the name that errors begin with
+        logging.getLogger("submitit").propagate = False  # it has a handler of its own
+
+        from util.checkpoint import LAST  # torch, after the environment that it reads
+        from util.distributed import launch
+
+        # SLURM's count: what `checkpoint` changes is lost when SLURM itself requeues.
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", self.restarts))
+        args = argparse.Namespace(**vars(self.args))
+        args.output_dir, args.log_dir = (
+            folder.replace("%j", env.job_id) for folder in (args.output_dir, args.log_dir)
+        )
+        if restarts and Path(args.output_dir, LAST).exists():
+            args.resume = "auto"
+
+        requeue = signal.getsignal(_signal(env))  # submitit's own, until training replaces it
+        try:
+            launch(importlib.import_module(self.module).main, args)
+        except SystemExit as end:
+            if not _to_be_requeued(env, end.code):
+                raise
+        else:
+            return
+        if env.global_rank != 0:
+            sys.exit(0)  # any other status would end rank 0 before it is done
+        if restarts >= self.requeue_limit:
+            sys.exit(
+                f"{self.module}.py: error: not requeued, since --requeue_limit is "
+                f"{self.requeue_limit}; to go on: --output_dir {args.output_dir} --resume auto"
+            )
+        requeue(_signal(env), None)
+
+
+def _join(env: submitit.JobEnvironment) -> None:
+    """Sets what torchrun would: each process's place, where they meet, and its threads."""
+    # A raw id is an array task's own. Clients are given ports from 32768 on, so these are free.
+    port = 10000 + int(re.sub(r"\D", "", env.raw_job_id)) % 20000
+    os.environ.update(
+        RANK=str(env.global_rank),
+        LOCAL_RANK=str(env.local_rank),
+        WORLD_SIZE=str(env.num_tasks),
+        MASTER_ADDR=env.hostnames[0],
+        MASTER_PORT=str(port),
+    )
+    # Or each process would compute with as many threads as its node has cores.
+    cores = os.environ.get("SLURM_CPUS_PER_TASK") or max(1, os.cpu_count() // env.num_tasks)
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+def _signal(env: submitit.JobEnvironment) -> signal.Signals:
+    """What submitit has SLURM send before a time limit and on preemption."""
+    return signal.Signals[f"SIG{env.USR_SIG}"]
+
+
+def _to_be_requeued(env: submitit.JobEnvironment, status: int) -> bool:
+    """Whether a script that ended with this exit status was asked to make room."""
+    if env.cluster != "slurm":
+        return status == 128 + _signal(env)
+    # SIGTERM comes with a preemption, where SLURM sends nothing else, but also when the job is
+    # cancelled or requeued already, and then no longer running.
+    stopped = status in (128 + _signal(env), 128 + signal.SIGTERM)
+    return stopped and slurm_states([env.job_id])[env.job_id] in ("RUNNING", "UNKNOWN")
