@@ -21,9 +21,9 @@ pytestmark = pytest.mark.slurm
 # 15 steps of 2 processes x 128 images, on CPUs.
 RUN = [*TINY, "--data_path", "digits", "--batch_size", "128", "--epochs", "3"]
 RUN += ["--warmup_epochs", "1", "--save_interval", "1000"]
-TWO_NODES = ["--ngpus", "0", "--nodes", "2"]
+TWO_NODES = ["--cpus_per_task", "1", "--ngpus", "0", "--nodes", "2"]
 STOPPED = "stopped by SIGUSR2 after saving"
-ONE_NODE = ["--ngpus", "0", "--nodes", "1"]
+ONE_NODE = ["--cpus_per_task", "1", "--ngpus", "0", "--nodes", "1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,8 +59,9 @@ def reference(tmp_path_factory) -> Path:
 class Submitted:
     """A job, or an array, in a folder of its own."""
 
-    def __init__(self, folder: Path, *flags: str, script: str = "submitit_pretrain.py"):
-        command = [sys.executable, ROOT / script, *RUN, "--cpus_per_task", "1", *flags]
+    def __init__(self, folder: Path, *flags: str, script: str = "pretrain"):
+        run = RUN if script == "pretrain" else [word.removeprefix("mae_") for word in RUN]
+        command = [sys.executable, ROOT / f"submitit_{script}.py", *run, *flags]
         self.folder = folder
         self.result = subprocess.run(
             [str(word) for word in command], cwd=folder, capture_output=True, text=True, timeout=300
@@ -192,16 +193,26 @@ def test_a_job_goes_on_after_an_administrators_requeue_and_a_failed_node(referen
 
 def test_a_job_is_not_requeued_beyond_its_limit(tmp_path):
     job = Submitted(tmp_path, *ONE_NODE, "--requeue_limit", "0", "--epochs", "100")
-    job.wait_for_line("device: cpu x 1")
+    wait_until(lambda: list(tmp_path.rglob("events.*")), "the start of training")
     subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
     assert job.wait_for_end() == "FAILED"
     assert (job.output / "checkpoint-last.pth").exists()
     assert f"--requeue_limit is 0; to go on: --output_dir {job.output} --resume auto" in job.log()
 
 
+def test_a_preemption_that_comes_as_sigterm_is_one_too(tmp_path):
+    """What jobs get where SLURM is not set up to send them their own signal."""
+    job = Submitted(tmp_path, *ONE_NODE, "--epochs", "100")
+    wait_until(lambda: list(tmp_path.rglob("events.*")), "the start of training")
+    subprocess.run(["scancel", "--signal=TERM", job.id], check=True)
+    job.wait_for_line(r"resumed .+: epoch \d")
+    assert "stopped by SIGTERM after saving" in job.log()
+    subprocess.run(["scancel", job.id], check=True)
+
+
 def test_a_cancelled_job_stays_cancelled(tmp_path):
     job = Submitted(tmp_path, *ONE_NODE, "--epochs", "100")
-    job.wait_for_line("device: cpu x 1")
+    wait_until(lambda: list(tmp_path.rglob("events.*")), "the start of training")
     subprocess.run(["scancel", job.id], check=True)
     assert job.wait_for_end() == "CANCELLED"
     time.sleep(7)  # longer than a requeued job is held back
@@ -209,7 +220,7 @@ def test_a_cancelled_job_stays_cancelled(tmp_path):
 
 
 def test_a_process_that_dies_ends_the_job_and_is_named(tmp_path):
-    flags = [str(word) for word in (*RUN, *TWO_NODES, "--cpus_per_task", "1", "--epochs", "100")]
+    flags = [str(word) for word in (*RUN, *TWO_NODES, "--epochs", "100")]
     command = [sys.executable, str(ROOT / "submitit_pretrain.py"), *flags, "--wait"]
     follower = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -269,10 +280,9 @@ def test_a_sweep_is_one_array_with_a_result_each(tmp_path):
     assert not torch.equal(weights[1], weights[2])
 
 
-@pytest.mark.parametrize("script", ["submitit_finetune.py", "submitit_linprobe.py"])
+@pytest.mark.parametrize("script", ["finetune", "linprobe"])
 def test_the_other_scripts_are_jobs_too(script, tmp_path):
-    flags = [*TWO_NODES, "--model", "vit_tiny_patch4", "--epochs", "1", "--wait"]
-    job = Submitted(tmp_path, *flags, script=script)
+    job = Submitted(tmp_path, *TWO_NODES, "--epochs", "1", "--wait", script=script)
     assert job.result.returncode == 0, job.result.stderr
     assert (job.output / "checkpoint-0.pth").exists()
     assert "device: cpu x 2" in job.log()
