@@ -9,7 +9,9 @@ import torch
 from conftest import ROOT, free_port, run
 from PIL import Image
 
-from util.args import pretrain_parser
+from model_mae import mae_vit_tiny_patch16
+from util import checkpoint, visualize
+from util.args import finetune_parser, job_parser, linprobe_parser, pretrain_parser
 
 README = (ROOT / "README.md").read_text()
 
@@ -69,6 +71,28 @@ def test_pretraining_commands_run_two_steps(name, objective, photos, tmp_path):
     assert list((tmp_path / "logs").glob("events*"))
 
 
+def test_linear_evaluation_command_runs(photos, tmp_path):
+    """On a checkpoint as pretraining writes it."""
+    torch.manual_seed(0)
+    weights = mae_vit_tiny_patch16().state_dict()
+    checkpoint.save({"model": weights, "epoch": 49}, tmp_path / "checkpoint-49.pth")
+    env, parts = words(
+        "linprobe",
+        nproc_per_node=2,
+        data_path=photos,
+        batch_size=12,
+        model="vit_tiny_patch16",
+        finetune=tmp_path / "checkpoint-49.pth",
+        epochs=1,
+        output_dir=tmp_path / "out",
+    )
+    result = run(*parts, "--num_workers", "1", **env)
+    assert result.returncode == 0, result.stderr
+    assert "epoch 0 [2/2]" in result.stdout
+    assert "top-1" in result.stdout.splitlines()[-1]
+    assert (tmp_path / "out" / "checkpoint-best.pth").exists()
+
+
 @pytest.mark.slow
 def test_quick_start_trains_and_draws(tmp_path):
     """The first command after its installation; the second is what runs these tests."""
@@ -84,13 +108,17 @@ def test_quick_start_trains_and_draws(tmp_path):
     names = {path.name for path in (tmp_path / "quickstart").iterdir()}
     assert {"checkpoint-last.pth", "log.txt", "reconstructions.png"} <= names
     assert any(name.startswith("events") for name in names)
+    random, trained = (float(x) for x in re.findall(r"best top-1 (\d+\.\d+)", result.stdout))
+    assert trained > random + 5  # percent
 
 
 def test_every_flag_it_mentions_exists():
-    known = set(pretrain_parser()._option_string_actions)
+    scripts = (pretrain_parser(), finetune_parser(), linprobe_parser())
+    parsers = [*scripts, *map(job_parser, scripts), visualize.get_args_parser()]
+    known = {flag for parser in parsers for flag in parser._option_string_actions}
     known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # launchers'
-    known |= {"--logdir", "--checkpoint", "--out"}  # tensorboard's, util.visualize's
-    assert set(re.findall(r"--[a-z_]+", README.replace("<!--", ""))) <= known
+    known |= {"--logdir"}  # tensorboard's
+    assert set(re.findall(r"--[a-z_0-9]+", README.replace("<!--", ""))) <= known
 
 
 def test_every_file_it_mentions_exists():
