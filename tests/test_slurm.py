@@ -191,13 +191,15 @@ def test_a_job_goes_on_after_an_administrators_requeue_and_a_failed_node(referen
     assert_same_state(job.output, reference)
 
 
-def test_a_job_is_not_requeued_beyond_its_limit(tmp_path):
+@pytest.mark.parametrize("command", [["scancel", "--signal=USR2"], ["scontrol", "requeue"]])
+def test_a_job_does_not_go_on_beyond_its_limit(command, tmp_path):
     job = Submitted(tmp_path, *ONE_NODE, "--requeue_limit", "0", "--epochs", "100")
     wait_until(lambda: list(tmp_path.rglob("events.*")), "the start of training")
-    subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
+    subprocess.run([*command, job.id], check=True)
     assert job.wait_for_end() == "FAILED"
     assert (job.output / "checkpoint-last.pth").exists()
-    assert f"--requeue_limit is 0; to go on: --output_dir {job.output} --resume auto" in job.log()
+    told = f"--requeue_limit 0 is reached; to go on: --output_dir {job.output} --resume auto"
+    assert told in job.log()
 
 
 def test_a_preemption_that_comes_as_sigterm_is_one_too(tmp_path):

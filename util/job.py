@@ -64,6 +64,12 @@ class Job:
         )
         if restarts and Path(args.output_dir, LAST).exists():
             args.resume = "auto"
+        beyond = (
+            f"{self.module}.py: error: --requeue_limit {self.requeue_limit} is reached; to go on: "
+            f"--output_dir {args.output_dir} --resume auto"
+        )
+        if restarts > self.requeue_limit:  # requeued by SLURM itself
+            sys.exit(beyond)
 
         requeue = signal.getsignal(_signal(env))  # submitit's own, until training replaces it
         try:
@@ -76,10 +82,7 @@ class Job:
         if env.global_rank != 0:
             sys.exit(0)  # any other status would end rank 0 before it is done
         if restarts >= self.requeue_limit:
-            sys.exit(
-                f"{self.module}.py: error: not requeued, since --requeue_limit is "
-                f"{self.requeue_limit}; to go on: --output_dir {args.output_dir} --resume auto"
-            )
+            sys.exit(beyond)
         requeue(_signal(env), None)
 
 
@@ -107,7 +110,7 @@ def _signal(env: submitit.JobEnvironment) -> signal.Signals:
 def _to_be_requeued(env: submitit.JobEnvironment, status: int) -> bool:
     """Whether a script that ended with this exit status was asked to make room."""
     if env.cluster != "slurm":
-        return status == 128 + _signal(env)
+        return env.cluster == "local" and status == 128 + _signal(env)
     # SIGTERM comes with a preemption, where SLURM sends nothing else, but also when the job is
     # cancelled or requeued already, and then no longer running.
     stopped = status in (128 + _signal(env), 128 + signal.SIGTERM)

@@ -152,7 +152,8 @@ def _submit_array(executor: submitit.AutoExecutor, calls: list[Job]) -> list[sub
     """Submits a job, or an array, and clears away what submitit leaves beside its folders."""
     folder = JobPaths.get_first_id_independent_folder(executor.folder)
     lock = os.open(folder, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # another submission's files are not ours to clear away
+    with contextlib.suppress(OSError):  # NFS may not lock folders
+        fcntl.flock(lock, fcntl.LOCK_EX)  # what others submit meanwhile is not ours to clear away
     before = set(folder.iterdir())
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
