@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, the_error
 
-from util.args import pretrain_parser
+from util.args import finetune_parser, linprobe_parser, pretrain_parser
 
 # name -> default. A change here changes what people's scripts do.
 PRETRAIN_FLAGS = {
@@ -22,6 +22,34 @@ PRETRAIN_FLAGS = {
     "weight_simclr": 0.03, "world_size": 1,
 }  # fmt: skip
 
+SHARED = {
+    name: PRETRAIN_FLAGS[name]
+    for name in (
+        "accum_iter", "compile", "data_path", "device", "dist_on_itp", "dist_url", "input_size",
+        "local_rank", "log_dir", "lr", "num_workers", "output_dir", "pin_mem", "precision",
+        "resume", "save_freq", "save_interval", "seed", "start_epoch", "world_size",
+    )
+}  # fmt: skip
+
+SUPERVISED_FLAGS = SHARED | {
+    "dist_eval": False, "eval": False, "finetune": "", "model": "vit_large_patch16",
+    "nb_classes": None, "val_fraction": 0.0,
+}  # fmt: skip
+
+# MAE's defaults, but for nb_classes, which the data say
+FINETUNE_FLAGS = SUPERVISED_FLAGS | {
+    "aa": "rand-m9-mstd0.5-inc1", "batch_size": 64, "blr": 1e-3, "clip_grad": None,
+    "color_jitter": None, "cutmix": 0.0, "cutmix_minmax": None, "drop_path": 0.1, "epochs": 50,
+    "global_pool": True, "layer_decay": 0.75, "min_lr": 1e-6, "mixup": 0.0, "mixup_mode": "batch",
+    "mixup_prob": 1.0, "mixup_switch_prob": 0.5, "recount": 1, "remode": "pixel", "reprob": 0.25,
+    "resplit": False, "smoothing": 0.1, "warmup_epochs": 5, "weight_decay": 0.05,
+}  # fmt: skip
+
+LINPROBE_FLAGS = SUPERVISED_FLAGS | {
+    "batch_size": 512, "blr": 0.1, "cache_features": False, "epochs": 90, "global_pool": False,
+    "knn": False, "min_lr": 0.0, "warmup_epochs": 10, "weight_decay": 0.0,
+}  # fmt: skip
+
 
 def parse(*flags: str):
     return pretrain_parser().parse_args(["--data_path", "x", *flags])
@@ -31,8 +59,47 @@ def test_pretraining_flags_and_defaults():
     assert vars(parse()) == PRETRAIN_FLAGS
 
 
-def test_every_flag_says_what_it_does():
-    assert [action.dest for action in pretrain_parser()._actions if not action.help] == []
+@pytest.mark.parametrize(
+    ("parser", "flags"),
+    [(finetune_parser, FINETUNE_FLAGS), (linprobe_parser, LINPROBE_FLAGS)],
+    ids=["finetune", "linprobe"],
+)
+def test_supervised_flags_and_defaults(parser, flags):
+    assert vars(parser().parse_args(["--data_path", "x"])) == flags
+
+
+@pytest.mark.parametrize("parser", [pretrain_parser, finetune_parser, linprobe_parser])
+def test_every_flag_says_what_it_does(parser):
+    assert [action.dest for action in parser()._actions if not action.help] == []
+
+
+@pytest.mark.parametrize(
+    ("parser", "flags", "words"),
+    [
+        (finetune_parser, "--mixup -1", "-1 is outside [0, inf)"),
+        (finetune_parser, "--mixup 0.8 --batch_size 7", "--batch_size 7 is odd"),
+        (finetune_parser, "--cutmix_minmax 0.5 0.5", "no room for a draw"),
+        (finetune_parser, "--cutmix_minmax 0.5", "expected 2 arguments"),
+        (finetune_parser, "--layer_decay 0", "0 is outside (0, 1]"),
+        (finetune_parser, "--clip_grad 0", "0 is outside (0, inf)"),
+        (finetune_parser, "--drop_path 1", "1 is outside [0, 1)"),
+        (finetune_parser, "--eval", "--eval needs the weights to evaluate"),
+        (finetune_parser, "--eval --resume auto", "--eval needs the weights to evaluate"),
+        (finetune_parser, "--input_size 225", "not a multiple of the patch size 16"),
+        (finetune_parser, "--model mae_vit_base_patch16", "vit_base_patch16"),
+        (linprobe_parser, "--model vit_huge_patch14 --input_size 225", "patch size 14"),
+        (linprobe_parser, "--eval", "--eval needs the weights to evaluate"),
+        (linprobe_parser, "--knn --eval --resume x", "--knn trains nothing"),
+        (linprobe_parser, "--batch_size 1", "BatchNorm needs two images"),
+        (linprobe_parser, "--val_fraction 1", "1 is outside [0, 1)"),
+        (linprobe_parser, "--nb_classes 1", "1 is outside [2, inf)"),
+    ],
+)  # fmt: skip
+def test_supervised_flags_out_of_range_are_one_line(parser, flags, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        parser().parse_args(["--data_path", "x", *flags.split()])
+    assert error.value.code == 2
+    assert words in the_error(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
