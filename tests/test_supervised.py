@@ -15,8 +15,8 @@ from PIL import Image
 import main_finetune
 import main_linprobe
 import main_pretrain
+import model_mae
 import util.epoch
-from model_mae import mae_vit_tiny_patch4
 from util import checkpoint
 from util.datasets import build_transform, eval_transform, open_labelled
 from util.sizes import SIZES, Size
@@ -30,7 +30,9 @@ def pretrained(tmp_path_factory):
     """A checkpoint as pretraining writes it, of an encoder that has learnt nothing."""
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("pretrained") / "checkpoint-49.pth"
-    checkpoint.save({"model": mae_vit_tiny_patch4(img_size=8).state_dict(), "epoch": 49}, path)
+    checkpoint.save(
+        {"model": model_mae.mae_vit_tiny_patch4(img_size=8).state_dict(), "epoch": 49}, path
+    )
     return path
 
 
@@ -276,6 +278,7 @@ def test_knn_in_pretraining_needs_labels(photos, tmp_path, capsys):
 def nano_digits(monkeypatch):
     """Flags for digits and a model small enough to learn something in a test."""
     monkeypatch.setitem(SIZES, "nano", Size(4, 96, 4, 3, 64, 1, 4))
+    monkeypatch.setitem(model_mae.MODELS, "mae_vit_nano", model_mae._sized("nano"))
     return ["--data_path", "digits", "--input_size", 16, "--num_workers", 0, "--device", "cpu"]
 
 
