@@ -292,6 +292,7 @@ def _sized(name: str) -> partial:
     return partial(MaskedAutoencoderViT, norm_layer=NORM_LAYER, **SIZES[name]._asdict())
 
 
+mae_vit_nano_patch4 = _sized("nano_patch4")
 mae_vit_tiny_patch4 = _sized("tiny_patch4")
 mae_vit_tiny_patch16 = _sized("tiny_patch16")
 mae_vit_small_patch16 = _sized("small_patch16")

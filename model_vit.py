@@ -78,6 +78,7 @@ def _sized(name: str) -> partial:
     return partial(VisionTransformer, **SIZES[name].encoder())
 
 
+vit_nano_patch4 = _sized("nano_patch4")
 vit_tiny_patch4 = _sized("tiny_patch4")
 vit_tiny_patch16 = _sized("tiny_patch16")
 vit_small_patch16 = _sized("small_patch16")

@@ -67,8 +67,20 @@ def test_fine_tuned_and_probed_checkpoints(global_pool, tmp_path, capsys):
     torch.testing.assert_close(theirs(images), probed.features(images), rtol=0, atol=1e-5)
 
 
+def test_a_size_that_timm_does_not_have(tmp_path, capsys):
+    model = probe("vit_nano_patch4", 16)
+    theirs, call = exported(model, tmp_path, capsys)
+    assert "'vit_tiny_patch16_224', num_classes=0, patch_size=4, embed_dim=96, depth=4" in call
+    images = fill((2, 3, 16, 16), 5, 1.5)
+    torch.testing.assert_close(theirs(images), model.features(images), rtol=0, atol=1e-5)
+
+
 def _headless(weights):
     del weights["norm.weight"]
+
+
+def _placeless(weights):
+    del weights["pos_embed"]
 
 
 def _other_width(weights):
@@ -79,6 +91,7 @@ def _other_width(weights):
     ("spoil", "words"),
     [
         (_headless, "it has no norm.weight"),
+        (_placeless, "has no pos_embed"),
         (_other_width, "no known size: width 100, depth 12, patch 4"),
         (dict.clear, "holds no encoder"),
     ],

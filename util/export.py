@@ -16,7 +16,7 @@ from util.args import Parser
 from util.checkpoint import check_same, encoder_part, load
 from util.distributed import launch
 from util.errors import UserError
-from util.sizes import size_of
+from util.sizes import SIZES, size_of
 
 
 def get_args_parser() -> Parser:
@@ -32,14 +32,18 @@ def timm_arguments(weights: dict[str, Tensor], source: str) -> dict:
     """What `timm.create_model` is to be called with for an encoder's weights.
 
     Raises:
-        UserError: they are of no size in `SIZES`.
+        UserError: they are of no size in `SIZES`, or have no positions.
     """
     name = size_of(weights, source)
+    if "pos_embed" not in weights:
+        raise UserError(f"{source} has no pos_embed")
     _, in_chans, patch, _ = weights["patch_embed.proj.weight"].shape
     side = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch
     arguments = {"model_name": f"vit_{name}_224", "num_classes": 0}
     if not timm.is_model(arguments["model_name"]):
-        arguments |= {"model_name": f"vit_{name.split('_')[0]}_patch16_224", "patch_size": patch}
+        stock = SIZES["tiny_patch16"].encoder()
+        arguments["model_name"] = "vit_tiny_patch16_224"
+        arguments |= {k: v for k, v in SIZES[name].encoder().items() if v != stock[k]}
     if side != 224:
         arguments["img_size"] = side
     if in_chans != 3:

@@ -24,7 +24,9 @@ class Size(NamedTuple):
 
 # Base, large and huge are MAE's (He et al. 2022) with its decoder, 8 blocks of width 512; tiny and
 # small are DeiT's encoders (Touvron et al. 2021) with decoders that stay lighter than the encoder.
+# Nano learns something on a CPU in minutes: for the quick start and tests.
 SIZES = {
+    "nano_patch4": Size(4, 96, 4, 3, 64, 1, 4),
     "tiny_patch4": Size(4, 192, 12, 3, 128, 4, 4),
     "tiny_patch16": Size(16, 192, 12, 3, 128, 4, 4),
     "small_patch16": Size(16, 384, 12, 6, 256, 8, 8),
