@@ -21,7 +21,7 @@ from util.errors import UserError
 from util.init import initialize_encoder, set_positions
 from util.sizes import SIZES, size_of
 
-PROJECTION_DIM = 128  # width of the contrastive embedding (design: Linear(D, 128))
+PROJECTION_DIM = 128  # width of the contrastive embedding
 NOISE_EMBED_DIM = 128  # width of the sinusoidal embedding of the noise level
 NOISE_TIME_SCALE = 1000.0  # noise levels as diffusion time steps 0 .. 1000 (Ho et al. 2020)
 NORM_LAYER = partial(nn.LayerNorm, eps=1e-6)  # MAE's
@@ -329,8 +329,9 @@ def model_from_checkpoint(
     weights, flags = state["model"], state.get("args", {})
     flags = flags if isinstance(flags, dict) else vars(flags)
     size = size_of(weights, source)
-    if "decoder_pred.weight" not in weights:
-        raise UserError(f"{source} has no decoder: it is not a pretraining checkpoint")
+    for name in ("pos_embed", "decoder_pred.weight"):
+        if name not in weights:
+            raise UserError(f"{source} is not a pretraining checkpoint: it has no {name}")
     side = math.isqrt(weights["pos_embed"].shape[1] - 1)
     model = MODELS[f"mae_vit_{size}"](
         img_size=side * SIZES[size].patch_size,

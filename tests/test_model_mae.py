@@ -274,7 +274,7 @@ def test_contrast_alone_tells_a_batch_of_images_apart():
     assert losses["contrastive_top1"] > 0.8
 
 
-def test_total_is_the_design_s_weighted_sum():
+def test_total_is_the_documented_weighted_sum():
     parts = {name: torch.tensor(v) for name, v in [("reconstruction", 2.0), ("noise", 3.0)]}
     losses = total_loss(parts, objective())
     assert losses["loss"].item() == pytest.approx(0.679 * 2 + 0.291 * 3)

@@ -1,19 +1,22 @@
 """Pretraining from flags to files, in this process and in two."""
 
+import itertools
 import json
 import logging
 import math
 import os
 import signal
+import time
 
 import pytest
 import torch
-from conftest import TINY, python, run_main, the_error
+from conftest import TINY, in_processes, python, run_main, the_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
 import util.epoch
 from util import checkpoint
+from util.interrupt import Interrupts
 from util.lr_sched import adjust_learning_rate
 
 DIGITS = ["--data_path", "digits", *TINY]
@@ -160,6 +163,41 @@ def test_saves_within_an_epoch_by_the_clock(photos_run, tmp_path, monkeypatch):
     assert saves == [16, 32, 48, None, None]  # each step, then checkpoint-last and checkpoint-0
 
 
+def polls_of_a_rank(rank: int, out: str) -> None:
+    """Steps of 20 ms on rank 0, whose clock asks for a save every 100 ms; rank 1 gets a signal."""
+    interrupts = Interrupts(0.1 if rank == 0 else 3600)
+    saves = []
+    for step in range(40):
+        if (rank, step) == (1, 30):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.02)
+        number, due = interrupts.poll()
+        if number:
+            break
+        if due:
+            saves.append(step)
+            interrupts.saved()
+    torch.save((saves, number, step), f"{out}/{rank}.pth")
+
+
+def test_ranks_save_and_stop_at_the_same_steps(tmp_path):
+    in_processes(polls_of_a_rank, 2, str(tmp_path))
+    ranks = [torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    saves, number, step = ranks[0]
+    assert (number, step) == (signal.SIGUSR1, 31)  # flags are read a step late
+    assert saves
+    assert min(b - a for a, b in itertools.pairwise(saves)) > 1  # once per interval
+
+
+def test_a_log_cut_off_by_a_crash_is_mended(photos_run, tmp_path):
+    assert run_main(main_pretrain, *photos_run, "--epochs", 1) == 0
+    with open(tmp_path / "out" / "log.txt", "a") as file:
+        file.write('{"epoch": 1, "train_lo')
+    assert run_main(main_pretrain, *photos_run, "--epochs", 2, "--resume", "auto") == 0
+    assert [line["epoch"] for line in log_of(tmp_path / "out")] == [0, 1]
+
+
 def test_tensorboard_shows_every_term_and_a_picture(photos_run, tmp_path):
     assert run_main(main_pretrain, *photos_run, "--epochs", 2, "--log_dir", tmp_path / "tb") == 0
     events = EventAccumulator(str(tmp_path / "tb"))
@@ -277,10 +315,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(photos_run, tmp_path, capsys, mo
     monkeypatch.setattr(
         "engine_pretrain.nt_xent", lambda x, **_: (x.sum() * math.nan, torch.tensor(0.0))
     )
-    assert run_main(main_pretrain, *photos_run, "--epochs", 3, "--resume", "auto") == 1
-    line = the_error(capsys.readouterr().err)
-    assert "nan" in line
-    assert "epoch 2" in line
+    # also when a save within the epoch falls due before the next look at the losses
+    for flags, words in ([], "loss is nan"), (["--save_interval", 1e-9], "is not finite"):
+        assert run_main(main_pretrain, *photos_run, "--epochs", 3, "--resume", "auto", *flags) == 1
+        line = the_error(capsys.readouterr().err)
+        assert words in line
+        assert "epoch 2" in line
     assert (tmp_path / "out/checkpoint-last.pth").read_bytes() == good
 
 

@@ -121,6 +121,17 @@ def test_every_flag_it_mentions_exists():
     assert set(re.findall(r"--[a-z_0-9]+", README.replace("<!--", ""))) <= known
 
 
+def test_defaults_in_the_flag_table_are_the_parser_s():
+    rows = re.findall(r"^\| (`--.*?) \|", README, re.MULTILINE)
+    shown = [pair for row in rows for pair in re.findall(r"--(\w+) ([\d.e-]+|auto)[ `]", row)]
+    assert len(shown) > 8
+    defaults = vars(pretrain_parser().parse_args(["--data_path", "x"]))
+    for name, value in shown:
+        if (name, value) in {("weight_simclr", "0"), ("weight_mae", "0"), ("resume", "auto")}:
+            continue  # values to give, not defaults
+        assert defaults[name] == type(defaults[name])(value), name
+
+
 def test_every_file_it_mentions_exists():
     names = set(re.findall(r"`([\w/]+\.(?:py|png|yml|txt))`", README)) - {"log.txt"}
     names -= {"reconstructions.png"}

@@ -264,8 +264,8 @@ def test_bad_input_is_one_line(script, spoil, extra, words, flags, pretrained, t
 
 
 def test_unknown_augmentation_policies_are_refused(flags, capsys):
-    assert run_main(main_finetune, *flags, "--aa", "rand-x9") == 1
-    assert "--aa rand-x9" in the_error(capsys.readouterr().err)
+    assert run_main(main_finetune, *flags, "--aa", "rand-x9") == 2
+    assert "--aa 'rand-x9'" in the_error(capsys.readouterr().err)
 
 
 def test_knn_in_pretraining_needs_labels(photos, tmp_path, capsys):

@@ -3,10 +3,16 @@
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 
 from util.sizes import SIZES, patch_size
+
+# timm's auto_augment strings: a name, and for the random ones numbers by letter.
+AUGMENTATION_POLICY = (
+    r"(v0r?|originalr?|3a)(-mstd[\d.]+)?|(rand|augmix)(-(mstd|mmax|inc|[mnwtdbap])[\d.]+)*"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -469,6 +475,11 @@ def check_finetune(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--cutmix_minmax gives sides from {low} to {high} pixels: no room for a draw"
             )
+    if args.aa and not re.fullmatch(AUGMENTATION_POLICY, args.aa):
+        raise ValueError(
+            f"--aa {args.aa!r} is no policy of timm's, such as rand-m9-mstd0.5-inc1, augmix-m5-w4, "
+            "original or v0"
+        )
     mixes = args.mixup or args.cutmix or args.cutmix_minmax
     if mixes and args.batch_size % 2:
         raise ValueError(

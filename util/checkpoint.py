@@ -16,7 +16,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from util.distributed import from_rank_zero, get_rank, get_world_size, is_main_process
+from util.distributed import (
+    from_rank_zero,
+    get_rank,
+    get_world_size,
+    host_group,
+    is_main_process,
+)
 from util.errors import Stopped, UserError
 from util.interrupt import Interrupts
 from util.lr_sched import global_batch
@@ -217,6 +223,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, **states: Any):
         self.args, self.model, self.states = args, model, states
+        self.device = next(model.parameters()).device
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.epoch, self.step = args.start_epoch, 0
         self._metrics: list[dict] = []
@@ -260,22 +267,31 @@ class Run:
         """The steps of this epoch that are done already; `metrics` takes up what they measured."""
         step, self.step = self.step, 0
         if step and len(self._metrics) == get_world_size():
-            metrics.load_state_dict(self._metrics[get_rank()])
+            metrics.load_state_dict(self._metrics[get_rank()], self.device)
         return step
 
-    def after_step(self, epoch: int, step: int, metrics: MetricLogger) -> None:
+    def after_step(
+        self, epoch: int, step: int, metrics: MetricLogger, grad_norm: Tensor | None = None
+    ) -> None:
         """Saves within an epoch when the interval is over, or when asked to stop.
 
         Args:
             step: optimiser steps done of the epoch.
+            grad_norm: of the step, the same on all ranks, where it must be finite.
         Raises:
+            UserError: what would be saved is not finite; on all ranks.
             Stopped: some rank got a signal; on all ranks, after saving.
         """
         number, due = self._interrupts.poll()
         if not (number or due):
             return
+        if not metrics.finite() or not (grad_norm is None or grad_norm.isfinite()):
+            raise UserError(
+                f"loss or gradient is not finite at epoch {epoch}, step {step}; the last "
+                "checkpoint is from before"
+            )
         states = [None] * get_world_size()
-        torch.distributed.all_gather_object(states, metrics.state_dict())
+        torch.distributed.all_gather_object(states, metrics.state_dict(), group=host_group())
         self._write(epoch - 1, images=step * global_batch(self.args), metrics=states)
         if number:
             raise Stopped(number)

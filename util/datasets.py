@@ -251,7 +251,9 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
         epoch, index = key
-        words = np.random.SeedSequence((self.seed, epoch, index)).generate_state(3, np.uint64)
+        words = np.random.SeedSequence(self.seed, spawn_key=(0, epoch, index)).generate_state(
+            3, np.uint64
+        )
         # timm's augmentations draw from Python's and NumPy's generators
         random.seed(int(words[1]))
         np.random.seed(words[2] >> np.uint64(32))

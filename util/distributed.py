@@ -4,6 +4,7 @@ One process is a group of size 1, so that nothing else has to ask.
 """
 
 import argparse
+import datetime
 import logging
 import os
 import sys
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _store: dist.Store | None = None  # shared by all ranks; see _first_to_report
+_host_group: dist.ProcessGroup | None = None
+HOST_TIMEOUT = datetime.timedelta(hours=12)  # rank 0 may list a million files, or download them
 
 
 def get_rank() -> int:
@@ -81,7 +84,7 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     Raises:
         UserError: no such GPU, or the processes cannot meet at dist_url.
     """
-    global _store
+    global _store, _host_group
     rank, local_rank, world_size = _place(args)
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -91,11 +94,15 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
         force=True,
     )
     device = _device(args, local_rank)
+    # Under torchrun the processes meet at the launcher's store, which tcp:// on torch before 2.14
+    # takes for a store at the url's port, where nobody is.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    url = "env://" if agent and not args.dist_on_itp else args.dist_url
     try:
         if world_size == 1:
             _store = dist.HashStore()
         else:
-            _store, _, _ = next(dist.rendezvous(args.dist_url, rank, world_size))
+            _store, _, _ = next(dist.rendezvous(url, rank, world_size))
     except (ValueError, RuntimeError) as error:  # RuntimeError: the network's, port in use
         line = str(error).splitlines()[0]
         raise UserError(f"--dist_url {args.dist_url}: the processes cannot meet: {line}") from None
@@ -105,7 +112,13 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
         rank=rank,
         world_size=world_size,
     )
+    _host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
     return device
+
+
+def host_group() -> dist.ProcessGroup:
+    """All ranks over gloo, for flags and objects that need no GPU and may be long in coming."""
+    return _host_group
 
 
 def from_rank_zero(make: Callable[[], T]) -> T:
@@ -117,7 +130,7 @@ def from_rank_zero(make: Callable[[], T]) -> T:
         except UserError as error:
             outcome[1] = str(error)
     if get_world_size() > 1:
-        dist.broadcast_object_list(outcome)
+        dist.broadcast_object_list(outcome, group=host_group())
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]

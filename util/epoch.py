@@ -91,7 +91,8 @@ def run_epoch(
             left = per_step * ((args.epochs - epoch) * steps - step - 1)
             place = f"epoch {epoch} [{step + 1:{len(str(steps))}}/{steps}]"
             logger.info(console_line(place, left, words(window), window, device))
-        run.after_step(epoch, step + 1, metrics)
+        # Loss scaling skips a step of infinite gradients by itself.
+        run.after_step(epoch, step + 1, metrics, None if scaler.is_enabled() else grad_norm)
 
     return metrics.epoch() | {"lr": lr}
 

@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from util.distributed import get_world_size
+from util.distributed import get_world_size, host_group
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupts:
-    """Stop requests of any rank, and rank 0's clock.
+    """Stop requests and save intervals, of whichever rank has one first.
 
     Args:
         save_interval: seconds between saves within an epoch.
@@ -24,11 +24,10 @@ class Interrupts:
 
     def __init__(self, save_interval: float):
         self.save_interval = save_interval
-        self.saved()
         self._requested = 0  # the signal that asked this rank to stop
-        # Flags travel over gloo, beside the gradients, and are read one step late: no rank waits.
-        self._group = dist.new_group(backend="gloo") if get_world_size() > 1 else None
+        # Flags travel beside the gradients and are read one step late: no rank waits.
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
+        self.saved()
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
@@ -46,19 +45,21 @@ class Interrupts:
         """
         due = time.monotonic() - self._since >= self.save_interval
         flags = torch.tensor([self._requested, int(due)])
-        if self._group is None:
+        if get_world_size() == 1:
             return self._requested, due
-        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=host_group(), async_op=True)
         pending, self._pending = self._pending, (flags, work)
         if pending is None:
             return 0, False
         flags, work = pending
         work.wait()
-        return int(flags[0]), bool(flags[1])
+        due, self._late = bool(flags[1]) and not self._late, False
+        return int(flags[0]), due
 
     def saved(self) -> None:
-        """Starts the interval to the next save."""
+        """Starts the interval to the next save; every rank calls it after the same step."""
         self._since = time.monotonic()
+        self._late = self._pending is not None  # what is under way asked for this very save
 
 
 def ignore_signals(*_: object) -> None:

@@ -62,7 +62,8 @@ class Job:
         args.output_dir, args.log_dir = (
             folder.replace("%j", env.job_id) for folder in (args.output_dir, args.log_dir)
         )
-        if restarts and Path(args.output_dir, LAST).exists():
+        # Without a --resume of its own, `Run.resume` decides for all ranks what there is.
+        if restarts and (not args.resume or Path(args.output_dir, LAST).exists()):
             args.resume = "auto"
         beyond = (
             f"{self.module}.py: error: --requeue_limit {self.requeue_limit} is reached; to go on: "
@@ -88,7 +89,7 @@ class Job:
 
 def _join(env: submitit.JobEnvironment) -> None:
     """Sets what torchrun would: each process's place, where they meet, and its threads."""
-    # A raw id is an array task's own. Clients are given ports from 32768 on, so these are free.
+    # A raw id is an array task's own. Clients are given ports from 32768 on, not these.
     port = 10000 + int(re.sub(r"\D", "", env.raw_job_id)) % 20000
     os.environ.update(
         RANK=str(env.global_rank),

@@ -4,6 +4,7 @@ import argparse
 import datetime
 import json
 import logging
+import math
 import resource
 from pathlib import Path
 
@@ -40,8 +41,9 @@ class RunLog:
         if args.output_dir:
             self.path = Path(args.output_dir) / "log.txt"
             lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["epoch"] < epoch]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            kept = self.path.with_name("log.txt.tmp")
+            kept.write_text("".join(f"{line}\n" for line in lines if _epoch_of(line) < epoch))
+            kept.replace(self.path)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Adds points to TensorBoard's curves at an optimiser step."""
@@ -65,6 +67,14 @@ class RunLog:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def _epoch_of(line: str) -> float:
+    """The epoch of a line of log.txt; infinity for one that a crash has cut off."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _make_folders(*folders: str) -> None:

@@ -32,7 +32,9 @@ def seed_all(*position: int) -> None:
     Done before every step, it makes a run's random numbers a function of where it stands, so that
     a resumed run draws what the uninterrupted one would have drawn.
     """
-    words = np.random.SeedSequence(position).generate_state(2)
+    seed, *rest = position
+    # The key's first number keeps these streams apart from the augmentations' (util.datasets).
+    words = np.random.SeedSequence(seed, spawn_key=(1, *rest)).generate_state(2)
     torch.manual_seed(int(words[0]))
     np.random.seed(words[1])
 
@@ -101,6 +103,11 @@ class MetricLogger:
         self._epoch.add(**vars(window))
         return window.means()
 
+    def finite(self) -> bool:
+        """Whether all that was measured since the last window is finite, on every rank."""
+        sums = list(self._window.sums.values())
+        return not sums or bool(mean_over_ranks(torch.stack(sums)).isfinite().all())
+
     def epoch(self) -> dict[str, float]:
         """Means over all windows so far."""
         return self._epoch.means()
@@ -108,9 +115,12 @@ class MetricLogger:
     def state_dict(self) -> dict:
         """What this rank has measured so far, as plain types and tensors."""
         self._window.seconds = time.perf_counter() - self._since
-        return {"window": dict(vars(self._window)), "epoch": dict(vars(self._epoch))}
+        window = dict(vars(self._window))
+        window["sums"] = {name: value.cpu() for name, value in window["sums"].items()}
+        return {"window": window, "epoch": dict(vars(self._epoch))}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
         """Takes up where `state_dict` was taken."""
         self._window, self._epoch = _Tally(**state["window"]), _Tally(**state["epoch"])
+        self._window.sums = {k: v.to(device) for k, v in self._window.sums.items()}
         self._since = time.perf_counter() - self._window.seconds

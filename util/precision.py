@@ -15,7 +15,8 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    questions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # torch has no public ones
+    native = any(getattr(torch.cpu, question, bool)() for question in questions)
     return torch.bfloat16 if native else torch.float32
 
 
