@@ -21,7 +21,8 @@ from util.distributed import (
     is_main_process,
     sum_over_ranks,
 )
-from util.epoch import run_epoch
+from util.epoch import Training, run_epoch
+from util.loader import to_device
 from util.logs import RunLog, describe_run
 from util.lr_sched import scale_learning_rate
 from util.misc import seed_all
@@ -90,43 +91,29 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     )
 
 
-def train_one_epoch(
-    model: DistributedDataParallel,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
-    epoch: int,
-    args: argparse.Namespace,
-    run: Run,
-    log: RunLog,
-    mixup: Mixup | None = None,
-) -> dict[str, float]:
+def train_one_epoch(training: Training, epoch: int, mixup: Mixup | None = None) -> dict[str, float]:
     """Trains for one epoch and returns its mean metrics over all ranks; raises as `run_epoch`.
 
     Args:
-        model: from the loader's inputs (images, or features already computed) to logits.
-        loader: of (input, label) batches, as many as fill whole optimiser steps.
-        args: main_finetune.py's or main_linprobe.py's.
-        run: says which steps are done already, and saves within the epoch.
+        training: its model is from the loader's inputs (images, or features already computed) to
+            logits; its args are main_finetune.py's or main_linprobe.py's.
         mixup: smooths labels itself; without it `--smoothing` does.
     """
-    smoothing = 0.0 if mixup else getattr(args, "smoothing", 0.0)
+    smoothing = 0.0 if mixup else getattr(training.args, "smoothing", 0.0)
 
     def losses(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        inputs, labels = (part.to(precision.device, non_blocking=True) for part in batch)
+        inputs, labels = to_device(batch, training.precision.device)
         if mixup:
             inputs, labels = mixup(inputs, labels)
-        with precision.autocast():
-            logits = model(inputs)
+        with training.precision.autocast():
+            logits = training.model(inputs)
         return {"loss": F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)}
 
     def words(window: dict[str, float]) -> list[str]:
         return [f"loss {window['loss']:.4f}"]
 
-    clip_grad = getattr(args, "clip_grad", None)
-    return run_epoch(
-        model, loader, optimizer, precision, epoch, args, run, log, losses, words, clip_grad
-    )
+    clip_grad = getattr(training.args, "clip_grad", None)
+    return run_epoch(training, epoch, losses, words, clip_grad)
 
 
 @torch.no_grad()
@@ -144,7 +131,7 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: Precision) -> dict
     model.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=precision.device)
     for batch in loader:
-        inputs, labels = (part.to(precision.device, non_blocking=True) for part in batch)
+        inputs, labels = to_device(batch, precision.device)
         with precision.autocast():
             logits = model(inputs)
         images, classes = logits.shape
@@ -192,10 +179,9 @@ def fit(
     if args.compile:
         model.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    training = Training(ddp, train_loader, optimizer, precision, args, run, log)
     for epoch in range(run.epoch, args.epochs):
-        stats = train_one_epoch(
-            ddp, train_loader, optimizer, precision, epoch, args, run, log, mixup
-        )
+        stats = train_one_epoch(training, epoch, mixup)
         scores = evaluate(model, val_loader, precision)
         best = max(run.best, scores["acc1"])
         logger.info(f"epoch {epoch}: {summary(scores)}; best top-1 {best:.2f} %")

@@ -4,14 +4,9 @@ import argparse
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from loss_contrastive import nt_xent
-from util.checkpoint import Run
-from util.epoch import run_epoch
-from util.logs import RunLog
-from util.precision import Precision
+from util.epoch import Training, run_epoch
 
 
 def total_loss(parts: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Tensor]:
@@ -38,32 +33,22 @@ def total_loss(parts: dict[str, Tensor], args: argparse.Namespace) -> dict[str, 
     return {"loss": total, **terms}
 
 
-def train_one_epoch(
-    model: DistributedDataParallel,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
-    epoch: int,
-    args: argparse.Namespace,
-    run: Run,
-    log: RunLog,
-) -> dict[str, float]:
+def train_one_epoch(training: Training, epoch: int) -> dict[str, float]:
     """Trains for one epoch and returns its mean metrics over all ranks; raises as `run_epoch`.
 
     Args:
-        loader: of ([view 1, view 2], label) batches, as many as fill whole optimiser steps.
-        args: main_pretrain.py's.
-        run: says which steps are done already, and saves within the epoch.
+        training: its loader gives ([view 1, view 2], label) batches, views [N, C, H, W] on the
+            device; its args are main_pretrain.py's.
     """
+    args = training.args
 
     def losses(batch: tuple[list[Tensor], Tensor]) -> dict[str, Tensor]:
         views, _ = batch
-        imgs = torch.cat([view.to(precision.device, non_blocking=True) for view in views])
-        with precision.autocast():
-            parts = model(imgs, mask_ratio=args.mask_ratio)
+        with training.precision.autocast():
+            parts = training.model(torch.cat(views), mask_ratio=args.mask_ratio)
         return total_loss(parts, args)
 
-    return run_epoch(model, loader, optimizer, precision, epoch, args, run, log, losses, _terms)
+    return run_epoch(training, epoch, losses, _terms)
 
 
 def _terms(window: dict[str, float]) -> list[str]:

@@ -29,6 +29,7 @@ from util.datasets import (
     train_loader,
 )
 from util.distributed import from_rank_zero, get_world_size, init_distributed_mode, launch
+from util.epoch import Training
 from util.errors import UserError
 from util.features import encoder_knn
 from util.logs import RunLog, describe_run
@@ -73,8 +74,9 @@ def main(args: argparse.Namespace) -> None:
     if args.compile:
         model.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    training = Training(ddp, loader, optimizer, precision, args, run, log)
     for epoch in range(run.epoch, args.epochs):
-        stats = train_one_epoch(ddp, loader, optimizer, precision, epoch, args, run, log)
+        stats = train_one_epoch(training, epoch)
         line = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
         step = (epoch + 1) * steps_per_epoch
         if args.eval_freq and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):

@@ -288,19 +288,17 @@ def noise_level_embedding(level: Tensor, dim: int = NOISE_EMBED_DIM) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _sized(name: str) -> partial:
-    return partial(MaskedAutoencoderViT, norm_layer=NORM_LAYER, **SIZES[name]._asdict())
-
-
-mae_vit_nano_patch4 = _sized("nano_patch4")
-mae_vit_tiny_patch4 = _sized("tiny_patch4")
-mae_vit_tiny_patch16 = _sized("tiny_patch16")
-mae_vit_small_patch16 = _sized("small_patch16")
-mae_vit_base_patch16 = _sized("base_patch16")
-mae_vit_large_patch16 = _sized("large_patch16")
-mae_vit_huge_patch14 = _sized("huge_patch14")
-
-MODELS = {f"mae_vit_{name}": _sized(name) for name in SIZES}
+MODELS = {
+    f"mae_vit_{name}": partial(MaskedAutoencoderViT, norm_layer=NORM_LAYER, **size._asdict())
+    for name, size in SIZES.items()
+}
+mae_vit_nano_patch4 = MODELS["mae_vit_nano_patch4"]
+mae_vit_tiny_patch4 = MODELS["mae_vit_tiny_patch4"]
+mae_vit_tiny_patch16 = MODELS["mae_vit_tiny_patch16"]
+mae_vit_small_patch16 = MODELS["mae_vit_small_patch16"]
+mae_vit_base_patch16 = MODELS["mae_vit_base_patch16"]
+mae_vit_large_patch16 = MODELS["mae_vit_large_patch16"]
+mae_vit_huge_patch14 = MODELS["mae_vit_huge_patch14"]
 
 
 def build_model(args: argparse.Namespace) -> MaskedAutoencoderViT:

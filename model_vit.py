@@ -74,23 +74,21 @@ def _initialize_head(head: nn.Linear, std: float) -> None:
     nn.init.zeros_(head.bias)
 
 
-def _sized(name: str) -> partial:
-    return partial(VisionTransformer, **SIZES[name].encoder())
-
-
-vit_nano_patch4 = _sized("nano_patch4")
-vit_tiny_patch4 = _sized("tiny_patch4")
-vit_tiny_patch16 = _sized("tiny_patch16")
-vit_small_patch16 = _sized("small_patch16")
-vit_base_patch16 = _sized("base_patch16")
-vit_large_patch16 = _sized("large_patch16")
-vit_huge_patch14 = _sized("huge_patch14")
+MODELS = {
+    f"vit_{name}": partial(VisionTransformer, **size.encoder()) for name, size in SIZES.items()
+}
+vit_nano_patch4 = MODELS["vit_nano_patch4"]
+vit_tiny_patch4 = MODELS["vit_tiny_patch4"]
+vit_tiny_patch16 = MODELS["vit_tiny_patch16"]
+vit_small_patch16 = MODELS["vit_small_patch16"]
+vit_base_patch16 = MODELS["vit_base_patch16"]
+vit_large_patch16 = MODELS["vit_large_patch16"]
+vit_huge_patch14 = MODELS["vit_huge_patch14"]
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> VisionTransformer:
     """The classifier that main_finetune.py's flags describe."""
-    model = VisionTransformer(
-        **SIZES[size_name(args.model)].encoder(),
+    model = MODELS[args.model](
         img_size=args.input_size,
         global_pool=args.global_pool,
         drop_path_rate=args.drop_path,

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,15 +27,28 @@ logger = logging.getLogger(__name__)
 PRINT_FREQ = 20  # optimiser steps between console lines
 
 
+@dataclass
+class Training:
+    """What trains, on what, and where its state and metrics go.
+
+    Args:
+        loader: as many batches as fill whole optimiser steps; its sampler wants `set_epoch`.
+        args: accum_iter, seed, epochs, and what the learning rate's schedule needs.
+        run: says which steps are done already, and saves within the epoch.
+    """
+
+    model: DistributedDataParallel
+    loader: DataLoader
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    args: argparse.Namespace
+    run: Run
+    log: RunLog
+
+
 def run_epoch(
-    model: DistributedDataParallel,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
+    training: Training,
     epoch: int,
-    args: argparse.Namespace,
-    run: Run,
-    log: RunLog,
     losses: Callable[[Any], dict[str, Tensor]],
     words: Callable[[dict[str, float]], list[str]],
     clip_grad: float | None = None,
@@ -42,9 +56,6 @@ def run_epoch(
     """Trains for one epoch and returns its mean metrics over all ranks.
 
     Args:
-        loader: as many batches as fill whole optimiser steps.
-        args: accum_iter, seed, epochs, and what the learning rate's schedule needs.
-        run: says which steps are done already, and saves within the epoch.
         losses: of a batch, the scalar to minimise as `loss`, and others to report.
         words: what the console shows of a window's metrics.
         clip_grad: the largest gradient norm, beyond which gradients are scaled down.
@@ -52,8 +63,10 @@ def run_epoch(
         UserError: a metric is not finite; on every rank at the same step.
         Stopped: on request, after saving.
     """
+    model, loader, optimizer = training.model, training.loader, training.optimizer
+    args, run, log = training.args, training.run, training.log
+    device, scaler = training.precision.device, training.precision.scaler
     model.train()
-    device, scaler = precision.device, precision.scaler
     steps = len(loader) // args.accum_iter
     metrics = MetricLogger()
     steps_done = run.begin_epoch(metrics)
