@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import TINY, run_main, the_error
 from torchvision import datasets
 
+import main_pretrain
 import util.file_list
 from util.datasets import open_dataset
-from util.file_list import list_files
+from util.file_list import list_files, write_lists
 
 LONG_AGO = 1_600_000_000  # seconds
 
@@ -35,6 +37,7 @@ def settle(folder: Path) -> Path:
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(util.file_list, "WORTH_KEEPING", 1)
+    (tmp_path / "output").mkdir()
     return tmp_path / "output" / "files.json"
 
 
@@ -53,6 +56,7 @@ def walks(monkeypatch, folder: Path, cache: Path) -> tuple[bool, dict]:
     monkeypatch.setattr(os, "walk", lambda *a, **k: walked.append(a) or walk(*a, **k))
     listing = list_files(folder, cache)
     monkeypatch.setattr(os, "walk", walk)
+    write_lists()
     return bool(walked), listing
 
 
@@ -90,7 +94,6 @@ def test_another_folder_s_list_is_not_believed(folder, cache, tmp_path, monkeypa
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"root": 1, "times": 2, "files": 3}'])
 def test_a_damaged_list_is_not_believed(folder, cache, monkeypatch, content):
-    cache.parent.mkdir()
     cache.write_text(content)
     assert walks(monkeypatch, folder, cache)[0]
 
@@ -98,12 +101,26 @@ def test_a_damaged_list_is_not_believed(folder, cache, monkeypatch, content):
 def test_a_list_made_while_files_still_arrive_is_not_kept(folder, cache, monkeypatch):
     (folder / "a/now.png").touch()
     list_files(folder, cache)
+    write_lists()
     assert not cache.exists()
 
 
 def test_small_folders_leave_nothing_behind(folder, tmp_path):
+    (tmp_path / "output").mkdir()
     list_files(folder, tmp_path / "output/files.json")
-    assert not (tmp_path / "output").exists()
+    write_lists()
+    assert list((tmp_path / "output").iterdir()) == []
+
+
+def test_a_run_that_cannot_begin_makes_no_folder(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(util.file_list, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(util.file_list, "SETTLED", 0)
+    flags = ["--data_path", photos, *TINY, "--epochs", 1, "--output_dir", tmp_path / "out"]
+    assert run_main(main_pretrain, *flags, "--batch_size", 49) == 1
+    assert "do not fill one step" in the_error(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+    assert run_main(main_pretrain, *flags, "--batch_size", 16) == 0
+    assert (tmp_path / "out" / "files-train.json").exists()
 
 
 def test_a_list_of_100_000_files_opens_within_a_second(tmp_path):

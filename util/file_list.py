@@ -8,14 +8,16 @@ from pathlib import Path
 WORTH_KEEPING = 10_000  # files; fewer are listed in less than a second even on slow disks
 SETTLED = 2 * 10**9  # nanoseconds: a file system's clock may be as coarse as that
 
+_unwritten: dict[Path, dict] = {}  # by cache file
+
 
 def list_files(root: Path, cache: Path | None = None) -> dict[str, list[str]]:
     """Sorted file names by folder, "" for the root itself and "a/b" below it; links are followed.
 
     Args:
         cache: a file of `root`'s names. It is believed as long as no folder's modification time
-            is another, as it is when files or folders were added, removed or renamed; and written
-            when there are many files.
+            is another, as it is when files or folders were added, removed or renamed. Where there
+            are many files, the next `write_lists` writes it.
     Raises:
         PermissionError: a folder is not readable.
     """
@@ -31,7 +33,7 @@ def list_files(root: Path, cache: Path | None = None) -> dict[str, list[str]]:
     listing = {folder: listing[folder] for folder in sorted(listing)}
     settled = max(times.values()) < time.time_ns() - SETTLED  # else a change may still go unseen
     if cache and settled and sum(map(len, listing.values())) >= WORTH_KEEPING:
-        _write(cache, {"root": str(root.resolve()), "times": times, "files": listing})
+        _unwritten[cache] = {"root": str(root.resolve()), "times": times, "files": listing}
     return listing
 
 
@@ -51,11 +53,13 @@ def _read(root: Path, cache: Path) -> dict[str, list[str]] | None:
     return None
 
 
-def _write(cache: Path, content: dict) -> None:
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, cache)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # only time is lost
+def write_lists() -> None:
+    """Writes the caches of what was listed: once a run has begun that may have an output folder."""
+    while _unwritten:
+        cache, content = _unwritten.popitem()
+        temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(content))
+            os.replace(temporary, cache)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # only time is lost

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from util.distributed import from_rank_zero, get_world_size, is_main_process
 from util.errors import UserError
+from util.file_list import write_lists
 from util.lr_sched import global_batch
 from util.precision import Precision
 
@@ -36,6 +37,7 @@ class RunLog:
         from_rank_zero(lambda: _make_folders(args.output_dir, args.log_dir))
         if not is_main_process():
             return
+        write_lists()
         if args.log_dir:
             self.writer = SummaryWriter(args.log_dir, purge_step=steps + 1)
         if args.output_dir:
