@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+import torch._inductor.config
 from conftest import TINY, in_processes, python, run_main, the_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -355,8 +356,10 @@ def test_two_processes_agree_and_see_everything(photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiling_changes_neither_losses_nor_keys(photos_run, tmp_path):
-    flags = [*photos_run, "--epochs", 1, "--precision", "fp32"]
+def test_compiling_changes_neither_losses_nor_keys(photos_run, tmp_path, monkeypatch):
+    # else a compiled model draws its masks and noise in another order
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
+    flags = [*photos_run, "--epochs", 1, "--precision", "fp32", "--model", "mae_vit_nano_patch4"]
     plain = weights_after(tmp_path / "plain", *flags)
     compiled = weights_after(tmp_path / "compiled", *flags, "--compile")
     assert sorted(plain) == sorted(compiled)

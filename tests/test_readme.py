@@ -109,7 +109,7 @@ def test_quick_start_trains_and_draws(tmp_path):
     assert {"checkpoint-last.pth", "log.txt", "reconstructions.png"} <= names
     assert any(name.startswith("events") for name in names)
     random, trained = (float(x) for x in re.findall(r"best top-1 (\d+\.\d+)", result.stdout))
-    assert trained > random + 5  # percent
+    assert trained > random + 3  # percent; 92.5 and 86.9 when this was written
 
 
 def test_every_flag_it_mentions_exists():

@@ -287,18 +287,3 @@ def test_fine_tuning_learns_digits(capsys):
     recipe = ["--epochs", 3, "--warmup_epochs", 1, "--blr", 8e-3, "--layer_decay", 1, "--aa", ""]
     assert run_main(main_finetune, *flags, *recipe, "--reprob", 0, "--precision", "fp32") == 0
     assert last_top1(capsys) > 20
-
-
-@pytest.mark.slow
-def test_probe_of_a_pretrained_encoder_beats_that_of_a_random_one(tmp_path, capsys):
-    """92.8 % against 83.9 % when this was written; the margin here is half of that."""
-    recipe = ["--batch_size", 64, "--epochs", 30, "--warmup_epochs", 3, "--blr", 2e-3]
-    flags = [*DIGITS, *recipe, "--model", "mae_vit_nano_patch4", "--precision", "fp32"]
-    assert run_main(main_pretrain, *flags, "--output_dir", tmp_path) == 0
-    probe = [*DIGITS, "--model", "vit_nano_patch4", "--cache_features", "--output_dir", ""]
-    probe += ["--batch_size", 256, "--blr", 10, "--epochs", 60, "--warmup_epochs", 3]
-    accuracies = []
-    for weights in ("", tmp_path / "checkpoint-last.pth"):
-        assert run_main(main_linprobe, *probe, "--finetune", weights) == 0
-        accuracies.append(last_top1(capsys))
-    assert accuracies[1] > accuracies[0] + 4.5
