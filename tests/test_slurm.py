@@ -5,9 +5,11 @@ REQUIRE_SLURM=1 fails these tests, rather than skipping them, where the cluster 
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +29,12 @@ ONE_NODE = ["--cpus_per_task", "1", "--ngpus", "0", "--nodes", "1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cluster(tmp_path_factory):
-    root = os.environ.get("SLURM_ROOT") or tmp_path_factory.mktemp("slurm")
+def _cluster():
+    # Not below pytest's own folder, which is closed to others: munge's socket must be open to all.
+    before = dict(os.environ)
+    root = Path(before.get("SLURM_ROOT") or tempfile.mkdtemp(prefix="slurm-"))
+    root.mkdir(parents=True, exist_ok=True)
+    root.chmod(0o755)
     env = {"SLURM_ROOT": str(root), "SLURM_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in env.items():
@@ -45,6 +51,8 @@ def _cluster(tmp_path_factory):
             yield
         finally:
             subprocess.run([*script, "down"], check=True)
+            if "SLURM_ROOT" not in before:
+                shutil.rmtree(root)
 
 
 @pytest.fixture(scope="module")
