@@ -18,13 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from util.checkpoint import load_model
 from util.errors import UserError
-from util.init import initialize_encoder, set_positions
+from util.init import NORM_LAYER, initialize_encoder, set_positions
 from util.sizes import SIZES, size_of
 
 PROJECTION_DIM = 128  # width of the contrastive embedding
 NOISE_EMBED_DIM = 128  # width of the sinusoidal embedding of the noise level
 NOISE_TIME_SCALE = 1000.0  # noise levels as diffusion time steps 0 .. 1000 (Ho et al. 2020)
-NORM_LAYER = partial(nn.LayerNorm, eps=1e-6)  # MAE's
 
 
 class MaskedAutoencoderViT(nn.Module):
@@ -325,7 +324,6 @@ def model_from_checkpoint(
         UserError: not a whole pretrained model of a known size.
     """
     weights, flags = state["model"], state.get("args", {})
-    flags = flags if isinstance(flags, dict) else vars(flags)
     size = size_of(weights, source)
     for name in ("pos_embed", "decoder_pred.weight"):
         if name not in weights:

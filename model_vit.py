@@ -11,10 +11,8 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from util.init import initialize_encoder
+from util.init import NORM_LAYER, initialize_encoder
 from util.sizes import SIZES, size_name
-
-NORM_LAYER = partial(nn.LayerNorm, eps=1e-6)  # MAE's
 
 
 class VisionTransformer(timm.models.vision_transformer.VisionTransformer):

@@ -73,8 +73,8 @@ def load(source: str | Path) -> dict[str, Any]:
     Args:
         source: a path, or a URL (http, https, file), which is downloaded into torch.hub's cache.
     Returns:
-        At least "model", the tensors by name; also for a file of nothing but tensors, as timm's
-        and `.safetensors` are.
+        At least "model", the tensors by name, also for a file of nothing but tensors, as timm's
+        and `.safetensors` are; flags, where it has any, as the dictionary "args".
     Raises:
         UserError: no such file, not a checkpoint, or one that holds other classes, which could
             run code; none of it is run.
@@ -109,6 +109,8 @@ def load(source: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path} holds no model: expected tensors by name, or a dictionary with them as 'model'"
         )
+    if isinstance(state.get("args"), argparse.Namespace):
+        state["args"] = vars(state["args"])
     return state
 
 

@@ -64,7 +64,7 @@ def encode(
     features, labels = [], []
     for batch, batch_labels in eval_loader(images, args, precision.device, share=True):
         with precision.autocast():
-            features.append(encoder(batch.to(precision.device, non_blocking=True)).float())
+            features.append(encoder(batch).float())
         labels.append(batch_labels.to(precision.device))
     return Features(gather_rows(torch.cat(features), total), gather_rows(torch.cat(labels), total))
 

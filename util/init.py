@@ -1,9 +1,13 @@
 """How an encoder's weights begin, in pretraining and where it is trained from scratch."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from util.pos_embed import get_2d_sincos_pos_embed
+
+NORM_LAYER = partial(nn.LayerNorm, eps=1e-6)  # MAE's, of encoder and decoder
 
 
 def initialize_encoder(model: nn.Module) -> None:

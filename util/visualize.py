@@ -90,7 +90,6 @@ def main(args: argparse.Namespace) -> None:
     if not model.reconstruct:
         raise UserError(f"{args.checkpoint} was trained without reconstruction (--weight_mae 0)")
     flags = state.get("args", {})
-    flags = flags if isinstance(flags, dict) else vars(flags)
     mask_ratio = flags.get("mask_ratio", 0.75) if args.mask_ratio is None else args.mask_ratio
     dataset = open_dataset(args.data_path, train=True)
     imgs = preview_images(dataset, args.images, model.patch_embed.img_size[0])
