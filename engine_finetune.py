@@ -4,13 +4,14 @@ import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from util.checkpoint import Run, load, load_encoder, load_model
 from util.datasets import SeededDataset, eval_loader, eval_transform, open_labelled
@@ -22,7 +23,9 @@ from util.distributed import (
     sum_over_ranks,
 )
 from util.epoch import Training, run_epoch
-from util.loader import to_device
+from util.folder import check_folder
+from util.interrupt import no_poll, polled
+from util.loader import DeviceLoader, to_device
 from util.logs import RunLog, describe_run
 from util.lr_sched import scale_learning_rate
 from util.misc import seed_all
@@ -39,9 +42,10 @@ class Task:
 
     train: Dataset  # of (PIL image, label) pairs, as val is
     val: Dataset
-    val_loader: DataLoader
+    val_loader: DeviceLoader
     model: nn.Module
     precision: Precision
+    run: Run
 
 
 def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], nn.Module]) -> Task:
@@ -52,10 +56,13 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
     Args:
         build: the model for the flags and a number of classes, on the CPU.
     Raises:
-        UserError: weights or data are not as the flags say.
+        UserError: weights, data or the output folder are not as the flags say.
     """
     device = init_distributed_mode(args)
+    if not vars(args).get("knn"):
+        from_rank_zero(lambda: check_folder(args))
     source = args.resume if args.eval else args.finetune
+    run = Run(args, "" if args.eval else args.resume)
     weights = load(source)["model"] if source else None
     train, val, classes = from_rank_zero(
         lambda: open_labelled(args.data_path, args.nb_classes, args.val_fraction, args.output_dir)
@@ -72,7 +79,8 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
     else:
         load_encoder(model, weights, source)
     scale_learning_rate(args)
-    return Task(train, val, val_loader, model.to(device), Precision(args.precision, device))
+    precision = Precision(args.precision, device)
+    return Task(train, val, val_loader, model.to(device), precision, run)
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
@@ -91,15 +99,23 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     )
 
 
-def train_one_epoch(training: Training, epoch: int, mixup: Mixup | None = None) -> dict[str, float]:
+def train_one_epoch(
+    training: Training,
+    epoch: int,
+    mixup: Mixup | None = None,
+    smoothing: float = 0.0,
+    clip_grad: float | None = None,
+) -> dict[str, float]:
     """Trains for one epoch and returns its mean metrics over all ranks; raises as `run_epoch`.
 
     Args:
         training: its model is from the loader's inputs (images, or features already computed) to
-            logits; its args are main_finetune.py's or main_linprobe.py's.
-        mixup: smooths labels itself; without it `--smoothing` does.
+            logits.
+        mixup: smooths labels itself.
+        smoothing: of labels, where there is no mixup.
+        clip_grad: as `run_epoch`'s.
     """
-    smoothing = 0.0 if mixup else getattr(training.args, "smoothing", 0.0)
+    smoothing = 0.0 if mixup else smoothing
 
     def losses(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         inputs, labels = to_device(batch, training.precision.device)
@@ -112,12 +128,16 @@ def train_one_epoch(training: Training, epoch: int, mixup: Mixup | None = None) 
     def words(window: dict[str, float]) -> list[str]:
         return [f"loss {window['loss']:.4f}"]
 
-    clip_grad = getattr(training.args, "clip_grad", None)
     return run_epoch(training, epoch, losses, words, clip_grad)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, precision: Precision) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    loader: DeviceLoader,
+    precision: Precision,
+    poll: Callable[[], None] = no_poll,
+) -> dict[str, float]:
     """Mean loss, top-1 and, from 6 classes on, top-5 accuracy in percent: `loss, acc1, acc5`.
 
     Every process counts the images of its loader, and the counts are added up: exact for loaders
@@ -125,12 +145,15 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: Precision) -> dict
 
     Args:
         model: not wrapped in DDP, so that processes may see different numbers of batches.
-        loader: of (input, label) batches, such as `eval_loader`'s.
+        loader: of (input, label) batches.
+        poll: called after each batch, on every rank equally often.
+    Raises:
+        UserError: too many images are not readable; on every rank.
     """
     broadcast_buffers(model)  # each process's BatchNorm has seen other images
     model.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=precision.device)
-    for batch in loader:
+    for batch in polled(loader, poll):
         inputs, labels = to_device(batch, precision.device)
         with precision.autocast():
             logits = model(inputs)
@@ -139,6 +162,7 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: Precision) -> dict
         hits = logits.topk(min(5, classes)).indices == labels[:, None]
         counts = sums.new_tensor([images, images * classes])
         sums += torch.cat([torch.stack([loss, hits[:, 0].sum(), hits.sum()]), counts])
+    loader.report_bad()
     loss, top1, top5, images, classes = sum_over_ranks(sums).tolist()
     scores = {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
     if classes / images < TOP5_CLASSES:  # a mean, since a process may have had no images
@@ -146,7 +170,7 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: Precision) -> dict
     return scores
 
 
-def report(model: nn.Module, loader: DataLoader, precision: Precision) -> None:
+def report(model: nn.Module, loader: DeviceLoader, precision: Precision) -> None:
     """`--eval`: evaluates and prints one line."""
     logger.info(summary(evaluate(model, loader, precision)))
 
@@ -159,18 +183,19 @@ def summary(scores: dict[str, float]) -> str:
 
 def fit(
     model: nn.Module,
-    train_loader: DataLoader,
-    val_loader: DataLoader,
+    train_loader: DeviceLoader,
+    val_loader: DeviceLoader,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     run: Run,
     args: argparse.Namespace,
-    mixup: Mixup | None = None,
+    **regularisation: Any,
 ) -> None:
     """Trains to the last epoch; evaluates, saves and logs after each.
 
     Args:
         model: from the loaders' inputs to logits; all or part of what `run` saves.
+        **regularisation: `train_one_epoch`'s mixup, smoothing and clip_grad.
     """
     steps_per_epoch = len(train_loader) // args.accum_iter
     if is_main_process():
@@ -181,8 +206,8 @@ def fit(
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     training = Training(ddp, train_loader, optimizer, precision, args, run, log)
     for epoch in range(run.epoch, args.epochs):
-        stats = train_one_epoch(training, epoch, mixup)
-        scores = evaluate(model, val_loader, precision)
+        stats = train_one_epoch(training, epoch, **regularisation)
+        scores = evaluate(model, val_loader, precision, run.poll)
         best = max(run.best, scores["acc1"])
         logger.info(f"epoch {epoch}: {summary(scores)}; best top-1 {best:.2f} %")
         tests = {f"test_{name}": value for name, value in scores.items()}

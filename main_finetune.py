@@ -14,7 +14,6 @@ import torch
 from engine_finetune import build_mixup, fit, report, set_up
 from model_vit import build_model
 from util.args import finetune_parser as get_args_parser
-from util.checkpoint import Run
 from util.datasets import SeededDataset, build_transform, train_loader
 from util.distributed import launch
 from util.lr_decay import param_groups_lrd
@@ -30,12 +29,21 @@ def main(args: argparse.Namespace) -> None:
 
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    run = Run(args, model, optimizer=optimizer, scaler=precision.scaler)
-    run.resume()
+    task.run.resume(model, optimizer=optimizer, scaler=precision.scaler)
     train_data = SeededDataset(task.train, train_transform, args.seed)
     loader = train_loader(train_data, args, precision.device)
-    mixup = build_mixup(args, model.num_classes)
-    fit(model, loader, task.val_loader, optimizer, precision, run, args, mixup)
+    fit(
+        model,
+        loader,
+        task.val_loader,
+        optimizer,
+        precision,
+        task.run,
+        args,
+        mixup=build_mixup(args, model.num_classes),
+        smoothing=args.smoothing,
+        clip_grad=args.clip_grad,
+    )
 
 
 if __name__ == "__main__":

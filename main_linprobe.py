@@ -14,7 +14,6 @@ import logging
 from engine_finetune import fit, report, set_up
 from model_vit import build_probe
 from util.args import linprobe_parser as get_args_parser
-from util.checkpoint import Run
 from util.datasets import SeededDataset, eval_loader, probe_transform, train_loader
 from util.distributed import launch
 from util.features import encode, encoder_knn
@@ -35,8 +34,7 @@ def main(args: argparse.Namespace) -> None:
         return
 
     optimizer = LARS(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    run = Run(args, model, optimizer=optimizer, scaler=precision.scaler)
-    run.resume()
+    task.run.resume(model, optimizer=optimizer, scaler=precision.scaler)
     trained, val_loader = model, task.val_loader
     train_data = SeededDataset(task.train, probe_transform(args.input_size), args.seed)
     if args.cache_features:
@@ -47,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
         args.num_workers = 0  # rows of a tensor need no loader processes
         val_loader = eval_loader(val_data, args, precision.device, share=args.dist_eval)
     loader = train_loader(train_data, args, precision.device)
-    fit(trained, loader, val_loader, optimizer, precision, run, args)
+    fit(trained, loader, val_loader, optimizer, precision, task.run, args)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,20 @@ from util.datasets import (
     preview_images,
     train_loader,
 )
-from util.distributed import from_rank_zero, get_world_size, init_distributed_mode, launch
+from util.distributed import (
+    from_rank_zero,
+    get_world_size,
+    init_distributed_mode,
+    is_main_process,
+    launch,
+)
 from util.epoch import Training
 from util.errors import UserError
 from util.features import encoder_knn
+from util.folder import check_folder
 from util.logs import RunLog, describe_run
 from util.lr_sched import scale_learning_rate
-from util.misc import is_main_process, seed_all
+from util.misc import seed_all
 from util.precision import Precision
 from util.visualize import PREVIEW_IMAGES, reconstruction_grid
 from util_contrastive import pretrain_transform
@@ -46,8 +53,10 @@ NO_WEIGHT_DECAY = ("cls_token", "mask_token")  # besides biases and norms; posit
 
 def main(args: argparse.Namespace) -> None:
     device = init_distributed_mode(args)
+    from_rank_zero(lambda: check_folder(args))
+    run = Run(args, args.resume)
     images, val, _ = from_rank_zero(lambda: open_images(args))
-    transform = pretrain_transform(args.input_size, device)
+    transform = pretrain_transform(args.input_size, device, args.blur_prob)
     data = SeededDataset(images, transform, args.seed)
     loader = train_loader(data, args, device, transform.finish)
     steps_per_epoch = len(loader) // args.accum_iter
@@ -65,14 +74,14 @@ def main(args: argparse.Namespace) -> None:
         describe_objective(args, model, negatives)
         describe_run(args, model, precision, steps_per_epoch)
 
-    run = Run(args, model, optimizer=optimizer, scaler=precision.scaler)
-    run.resume()
+    run.resume(model, optimizer=optimizer, scaler=precision.scaler)
     log = RunLog(args, run.epoch, run.epoch * steps_per_epoch + run.step)
     preview = preview_images(images, PREVIEW_IMAGES, args.input_size)
 
     model.grad_checkpointing = args.grad_checkpointing
     if args.compile:
         model.compile()
+    # Not static_graph: it saves no time here, and torch's does not go with no_sync.
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     training = Training(ddp, loader, optimizer, precision, args, run, log)
     for epoch in range(run.epoch, args.epochs):
@@ -80,9 +89,10 @@ def main(args: argparse.Namespace) -> None:
         line = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
         step = (epoch + 1) * steps_per_epoch
         if args.eval_freq and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
-            line["knn_acc1"] = encoder_knn(model.features, images, val, args, precision)
-            log.scalars({"perf/knn_acc1": line["knn_acc1"]}, step)
-            logger.info(f"epoch {epoch}: kNN top-1 {line['knn_acc1']:.2f} %")
+            knn = encoder_knn(model.features, images, val, args, precision, run.poll)
+            line["knn_acc1"] = knn
+            log.scalars({"perf/knn_acc1": knn}, step)
+            logger.info(f"epoch {epoch}: kNN top-1 {knn:.2f} %")
         log.epoch(line)
         if model.reconstruct and is_main_process():
             grid = reconstruction_grid(model, preview.to(device), args.mask_ratio)

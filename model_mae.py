@@ -5,7 +5,6 @@ patches, D encoder width, E decoder width.
 """
 
 import argparse
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from util.checkpoint import load_model
 from util.errors import UserError
 from util.init import NORM_LAYER, initialize_encoder, set_positions
-from util.sizes import SIZES, size_of
+from util.sizes import SIZES, image_side, size_of
 
 PROJECTION_DIM = 128  # width of the contrastive embedding
 NOISE_EMBED_DIM = 128  # width of the sinusoidal embedding of the noise level
@@ -323,17 +322,16 @@ def model_from_checkpoint(
     Raises:
         UserError: not a whole pretrained model of a known size.
     """
-    weights, flags = state["model"], state.get("args", {})
+    weights = state["model"]
+    flags = {k: v for k, v in state.get("args", {}).items() if isinstance(v, bool | int | float)}
     size = size_of(weights, source)
-    for name in ("pos_embed", "decoder_pred.weight"):
-        if name not in weights:
-            raise UserError(f"{source} is not a pretraining checkpoint: it has no {name}")
-    side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    if "decoder_pred.weight" not in weights:
+        raise UserError(f"{source} is not a pretraining checkpoint: it has no decoder_pred.weight")
     model = MODELS[f"mae_vit_{size}"](
-        img_size=side * SIZES[size].patch_size,
+        img_size=image_side(weights, source),
         in_chans=weights["patch_embed.proj.weight"].shape[1],
         norm_pix_loss=flags.get("norm_pix_loss", norm_pix_loss),
-        noise_loss=flags.get("noise_loss") or False,
+        noise_loss=flags.get("noise_loss", False),
         std=flags.get("std", 0.05),
         contrastive=flags.get("weight_simclr", 0) > 0,
         reconstruct=flags.get("weight_mae", 1) > 0,

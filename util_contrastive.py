@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from util.augment import (
-    BLUR_P,
+    BLUR_PROB,
     BLUR_SIGMA,
     GREY_P,
     JITTER,
@@ -22,6 +22,7 @@ from util.augment import (
     draw_parameters,
 )
 from util.datasets import IMAGENET_MEAN, IMAGENET_STD
+from util.images import to_rgb, upright_size
 from util.loader import to_device
 
 CROP_AREA = (0.2, 1.0)  # share of the image's area
@@ -64,7 +65,7 @@ def pil_transform(input_size: int) -> TwoCropTransform:
                 T.RandomHorizontalFlip(FLIP_P),
                 T.RandomApply([JITTER], p=JITTER_P),
                 T.RandomGrayscale(p=GREY_P),
-                T.RandomApply([GaussianBlur()], p=BLUR_P),
+                T.RandomApply([GaussianBlur()], p=BLUR_PROB),
                 T.ToTensor(),
                 T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
             ]
@@ -77,20 +78,23 @@ class TwoCrops:
 
     Args:
         input_size: S, in pixels.
-        defer: leave all but the cutting to `finish`, for batches on a GPU. A view is then a uint8
+        defer: leave all but the cutting to `finish`, for whole batches. A view is then a uint8
             crop [3, S, S] and the parameters [23] drawn for it.
+        blur_prob: how often a view is blurred.
     """
 
     decodes = True  # wants images as their files hold them
 
-    def __init__(self, input_size: int, defer: bool = False):
-        self.input_size, self.defer = input_size, defer
+    def __init__(self, input_size: int, defer: bool = False, blur_prob: float = BLUR_PROB):
+        self.input_size, self.defer, self.blur_prob = input_size, defer, blur_prob
 
     def __call__(self, image: Image.Image) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
+        width, height = upright_size(image)
+        canvas = torch.empty(1, height, width, device="meta")  # a size, and no pixels
         boxes, parameters = [], []
         for _ in range(2):
-            boxes.append(T.RandomResizedCrop.get_params(image, CROP_AREA, CROP_ASPECT))
-            parameters.append(draw_parameters())
+            boxes.append(T.RandomResizedCrop.get_params(canvas, CROP_AREA, CROP_ASPECT))
+            parameters.append(draw_parameters(self.blur_prob))
         crops = cut(image, boxes, self.input_size)
         crops = [crop.flip(-1) if torch.rand(()) < FLIP_P else crop for crop in crops]
         if self.defer:
@@ -104,9 +108,11 @@ class TwoCrops:
         return [augment(to_device(crops, device), parameters) for crops, parameters in views]
 
 
-def pretrain_transform(input_size: int, device: torch.device | None = None) -> TwoCrops:
-    """Two views, augmented on the device if that is a GPU, else where the transform is called."""
-    return TwoCrops(input_size, defer=device is not None and device.type == "cuda")
+def pretrain_transform(
+    input_size: int, device: torch.device | None = None, blur_prob: float = BLUR_PROB
+) -> TwoCrops:
+    """Two views; for a device, `finish` augments batches of them there."""
+    return TwoCrops(input_size, device is not None, blur_prob)
 
 
 def cut(image: Image.Image, boxes: list[tuple[int, int, int, int]], size: int) -> list[Tensor]:
@@ -116,9 +122,9 @@ def cut(image: Image.Image, boxes: list[tuple[int, int, int, int]], size: int) -
     has to be magnified from.
 
     Args:
-        boxes: (top, left, height, width) in pixels.
+        boxes: (top, left, height, width) in pixels of the upright image.
     """
-    width, height = image.size
+    width, height = upright_size(image)
     shrink = min(side // size for box in boxes for side in box[2:])
     pixels = decode(image, shrink)[None]
     down, right = pixels.shape[2] / height, pixels.shape[3] / width
@@ -133,14 +139,5 @@ def cut(image: Image.Image, boxes: list[tuple[int, int, int, int]], size: int) -
 
 
 def decode(image: Image.Image, shrink: int = 1) -> Tensor:
-    """An image's pixels, uint8 [3, H, W]; a JPEG's at 1/2, 1/4, 1/8 where `shrink` is as much.
-
-    Raises:
-        OSError: the file is broken.
-    """
-    if shrink > 1:
-        width, height = image.size
-        image.draft("RGB", (width // shrink, height // shrink))  # nothing but a JPEG obeys
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """An image's pixels, uint8 [3, H, W], upright; a JPEG's shrunk as by `to_rgb`."""
+    return torch.from_numpy(np.array(to_rgb(image, shrink))).permute(2, 0, 1)

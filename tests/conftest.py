@@ -1,5 +1,6 @@
 """What the tests share: real images, and scripts run as people run them."""
 
+import gc
 import os
 import signal
 import socket
@@ -21,6 +22,10 @@ from util.interrupt import STOP_SIGNALS
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)  # the models here are too small to share out
+
+# The garbage of runs in this process holds process groups, whose threads a forked loader process
+# lacks: it would wait for them for ever if its collector came upon one.
+os.register_at_fork(after_in_child=gc.freeze)
 
 # A model and a batch that take milliseconds; `--num_workers 0` saves the loader's processes.
 TINY = ["--model", "mae_vit_tiny_patch4", "--input_size", "8", "--num_workers", "0"]

@@ -10,14 +10,16 @@ from util.args import finetune_parser, linprobe_parser, pretrain_parser
 
 # name -> default. A change here changes what people's scripts do.
 PRETRAIN_FLAGS = {
-    "accum_iter": 1, "batch_size": 64, "blr": 1e-3, "compile": False, "data_path": "x",
-    "device": None, "dist_on_itp": False, "dist_url": "env://", "epochs": 400, "eval_freq": 0,
-    "grad_checkpointing": False, "input_size": 224,
+    "accum_iter": 1, "batch_size": 64, "blr": 1e-3, "blur_prob": 0.5, "compile": False,
+    "data_path": "x", "device": None, "dist_on_itp": False, "dist_url": "env://",
+    "epochs": 400, "eval_freq": 0,
+    "grad_checkpointing": False, "input_size": 224, "keep_last": None,
     "local_negatives": False, "local_rank": -1, "log_dir": "./output_dir", "lr": None,
     "mask_ratio": 0.5, "min_lr": 0.0, "model": "mae_vit_large_patch16", "noise_loss": True,
-    "norm_pix_loss": False, "num_workers": 10, "output_dir": "./output_dir", "pin_mem": True,
+    "norm_pix_loss": False, "num_workers": 10, "output_dir": "./output_dir", "overwrite": False,
+    "pin_mem": True,
     "precision": "auto", "resume": "", "save_freq": 20, "save_interval": 15.0,
-    "seed": 0, "start_epoch": 0, "std": 0.05,
+    "seed": 0, "skip_nonfinite": 0, "start_epoch": 0, "std": 0.05,
     "warmup_epochs": 40, "weight_decay": 0.05, "weight_mae": 0.97, "weight_noise": 0.3,
     "weight_simclr": 0.03, "world_size": 1,
 }  # fmt: skip
@@ -26,8 +28,9 @@ SHARED = {
     name: PRETRAIN_FLAGS[name]
     for name in (
         "accum_iter", "compile", "data_path", "device", "dist_on_itp", "dist_url", "input_size",
-        "local_rank", "log_dir", "lr", "num_workers", "output_dir", "pin_mem", "precision",
-        "resume", "save_freq", "save_interval", "seed", "start_epoch", "world_size",
+        "keep_last", "local_rank", "log_dir", "lr", "num_workers", "output_dir", "overwrite",
+        "pin_mem", "precision", "resume", "save_freq", "save_interval", "seed", "skip_nonfinite",
+        "start_epoch", "world_size",
     )
 }  # fmt: skip
 
@@ -149,13 +152,14 @@ def test_log_dir_follows_output_dir():
         ("--lr=-1e-3", "outside [0, inf)"),
         ("--blr abc", "'abc' is not a number"),
         ("--accum_iter 0", "0 is outside [1, inf)"),
-        ("--num_workers -1", "-1 is outside [0, inf)"),
+        ("--num_workers -1", "-1 is outside [0, 1024]"),
         ("--warmup_epochs -1", "-1 is outside [0, inf)"),
         ("--precision bf8", "'bf8'"),
         ("--device tpu", "'tpu'"),
         ("--dist_url localhost:10", "'localhost:10' is none of env://"),
         ("--world_size 2 --local_rank 2", "--local_rank 2 is not below --world_size 2"),
         ("--resume auto --output_dir ''", "--resume auto needs an --output_dir"),
+        ("--overwrite --resume auto", "--overwrite begins anew and --resume goes on"),
         ("--epochs", "expected one argument"),
         ("--mask_ratios 0.5", "unrecognized arguments: --mask_ratios"),
         ("--mask 0.5", "unrecognized arguments: --mask"),

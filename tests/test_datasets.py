@@ -45,7 +45,7 @@ def test_workers_do_not_change_the_views(digits):
         sampler = EpochSampler(digits, per_step=16, seed=0)
         sampler.set_epoch(2)
         loader = DataLoader(seeded(digits), 16, sampler=sampler, num_workers=workers)
-        return [views for _, (views, _) in zip(range(3), loader, strict=False)]
+        return [views for _, (views, *_) in zip(range(3), loader, strict=False)]
 
     for a, b in zip(batches(0), batches(2), strict=True):
         assert torch.equal(a[0], b[0])

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import zipfile
 
 import pytest
 import safetensors.torch
@@ -134,8 +135,10 @@ def test_positions_are_resized_bicubically(side):
         (lambda w: w.update({"blocks.2.norm1.bias": torch.zeros(24)}), "blocks.2.norm1.bias has"),
         (lambda w: w.update(dist_token=torch.zeros(1)), "dist_token has no place here"),
         (lambda w: w.update(pos_embed=torch.zeros(1, 4, 24)), "pos_embed is [1, 4, 24] there"),
+        (lambda w: w.update({"norm.bias": torch.zeros(24).long()}), "norm.bias is torch.int64"),
+        (lambda w: w.update({"norm.bias": torch.zeros(24) / 0}), "norm.bias is not finite"),
     ],
-    ids=["missing", "shape", "deeper", "unknown", "positions"],
+    ids=["missing", "shape", "deeper", "unknown", "positions", "integers", "NaN"],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_loaded(change, line):
     weights, model = dict(pretrained().state_dict()), downstream()
@@ -164,7 +167,20 @@ def test_other_classes_are_refused_and_run_nothing(key, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [{"optimizer": {}}, {"model": {"a": 1}}, [1, 2], {}], ids=str)
+HOLLOW = {
+    "sparse": torch.eye(3).to_sparse(),
+    "meta": torch.empty(10**12, device="meta"),
+    "expanded": torch.zeros(1).expand(10**12),
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"optimizer": {}}, {"model": {"a": 1}}, [1, 2], {}, {"model": {1: torch.ones(1)}}]
+    + [{"model": {"a": tensor}} for tensor in HOLLOW.values()],
+    ids=["no model", "number", "list", "nothing", "no name", *HOLLOW],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse")
 def test_files_without_a_model_are_refused(content, tmp_path):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(UserError, match="holds no model"):
@@ -175,3 +191,33 @@ def test_broken_safetensors_are_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="cannot read checkpoint"):
         load(tmp_path / "x.safetensors")
+
+
+def test_archives_that_unpack_to_more_than_they_are_are_refused(tmp_path):
+    """torch would read a compressed member: a bomb of any size."""
+    torch.save({"model": {"a": torch.zeros(10**6)}}, tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth") as plain:
+        members = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name, content in members.items():
+            bomb.writestr(name, content)
+    assert load(tmp_path / "x.pth")["model"]["a"].shape == (10**6,)
+    with pytest.raises(UserError, match="bytes that unpack to 4"):
+        load(tmp_path / "bomb.pth")
+
+
+def test_what_is_not_a_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pth")
+    for path in (tmp_path, tmp_path / "pipe.pth", "/dev/zero"):
+        with pytest.raises(UserError, match="a folder or a device, not a file"):
+            load(path)
+
+
+def test_a_broken_download_is_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    path = tmp_path / "mae.pth"
+    path.write_bytes(b"cut short")
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        load(path.as_uri())
+    torch.save({"model": pretrained().state_dict()}, path)
+    assert "cls_token" in load(path.as_uri())["model"]

@@ -299,6 +299,7 @@ def test_the_host_waits_for_metrics_once_a_window(monkeypatch, tmp_path):
     monkeypatch.setattr(main_pretrain, "reconstruction_grid", lambda *_: torch.zeros(3, 1, 1))
     monkeypatch.setattr("util.datasets.SeededDataset.__getitem__", lambda *_: (
         [torch.zeros(3, 8, 8)] * 2, 0))  # fmt: skip
+    monkeypatch.setattr("util_contrastive.TwoCrops.finish", lambda _, views, device: views)
     monkeypatch.setattr("util.datasets.EpochSampler.__iter__", lambda self: iter(
         [(0, 0)] * len(self)))  # fmt: skip
     monkeypatch.setattr(main_pretrain, "preview_images", lambda *_: torch.zeros(1, 3, 8, 8))

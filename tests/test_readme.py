@@ -116,8 +116,10 @@ def test_every_flag_it_mentions_exists():
     scripts = (pretrain_parser(), finetune_parser(), linprobe_parser())
     parsers = [*scripts, *map(job_parser, scripts), visualize.get_args_parser()]
     known = {flag for parser in parsers for flag in parser._option_string_actions}
-    known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # launchers'
-    known |= {"--logdir"}  # tensorboard's
+    known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts"}
+    known |= {"--logdir"}  # tensorboard's; above, launchers'
+    for benchmark in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', benchmark.read_text()))
     assert set(re.findall(r"--[a-z_0-9]+", README.replace("<!--", ""))) <= known
 
 

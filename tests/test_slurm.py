@@ -174,9 +174,15 @@ def test_a_job_goes_on_after_its_time_limit(reference, tmp_path):
 
 
 def test_a_job_goes_on_after_three_preemptions(reference, tmp_path):
-    job = Submitted(tmp_path, *TWO_NODES)
+    job = Submitted(tmp_path, *TWO_NODES, "--save_interval", "1e-4")  # minutes: at every step
     for starts in (1, 2, 3):
-        wait_until(lambda n=starts: len([*tmp_path.rglob("events.*")]) == n, f"start {starts}")
+        begin = time.time()
+        wait_until(
+            lambda begin=begin: any(
+                f.stat().st_mtime > begin for f in tmp_path.rglob("*-last.pth")
+            ),
+            f"a save of start {starts}",
+        )
         job.freeze()  # or it might be done before
         preempt()
         wait_until(lambda n=starts: job.log().count(STOPPED) == n, f"stop {starts}")

@@ -193,7 +193,14 @@ def test_a_failed_local_job_says_why(tmp_path):
 
 @pytest.mark.slow
 def test_a_local_job_goes_on_after_a_signal(tmp_path):
-    command = [sys.executable, str(ROOT / "submitit_pretrain.py"), *RUN, "--epochs", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "submitit_pretrain.py"),
+        *RUN,
+        "--epochs",
+        "2",
+        "--overwrite",
+    ]
     with subprocess.Popen([*command, "--wait"], stdout=subprocess.PIPE, text=True) as follower:
         seen = ""
         for line in follower.stdout:

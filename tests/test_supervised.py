@@ -191,7 +191,7 @@ def test_clipping_bounds_the_step(flags, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
     for limit in ([], ["--clip_grad", 0.01]):
-        assert run_main(main_finetune, *flags, "--epochs", 1, *limit) == 0
+        assert run_main(main_finetune, *flags, "--epochs", 1, "--overwrite", *limit) == 0
     assert min(norms[:3]) > 0.02
     assert max(norms[3:]) == pytest.approx(0.01, rel=1e-3)
 

@@ -84,6 +84,7 @@ def test_views_finished_in_batches_are_those_finished_one_by_one(photos, device)
         seed=0,
         num_workers=0,
         pin_mem=True,
+        output_dir="",
     )
     batches = []
     for defer, where in ((False, "cpu"), (True, device)):

@@ -39,6 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if os.environ.get("RANK", "0") == "0":  # every rank parses the same flags: one speaks
+            message = message.replace("\n", "\\n")  # as names of files may hold
             print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -92,6 +93,13 @@ def common_flags() -> argparse.ArgumentParser:
         default=None,
         help="learning rate; if not given, blr x global batch / 256",
     )
+    group.add_argument(
+        "--skip_nonfinite",
+        type=count,
+        default=0,
+        help="steps in a row that may be left out because a loss or gradient is not finite; one "
+        "more ends the run",
+    )
     group.add_argument("--blr", type=amount, help="base learning rate, for a batch of 256")
     group.add_argument("--min_lr", type=amount, help="where the cosine schedule ends")
     group.add_argument("--warmup_epochs", type=count, help="epochs of linear warm-up")
@@ -105,7 +113,10 @@ def common_flags() -> argparse.ArgumentParser:
         "offline), cifar10, ... (torchvision's, downloaded into ./data)",
     )
     group.add_argument(
-        "--num_workers", type=count, default=10, help="loader processes per training process"
+        "--num_workers",
+        type=number(int, 0, 1024, "[]"),
+        default=10,
+        help="loader processes per training process",
     )
     group.add_argument(
         "--pin_mem",
@@ -133,6 +144,12 @@ def common_flags() -> argparse.ArgumentParser:
         help="epochs between numbered checkpoints; the last epoch's is always kept",
     )
     group.add_argument(
+        "--keep_last",
+        type=positive,
+        default=None,
+        help="numbered checkpoints to keep, the newest; if not given, all",
+    )
+    group.add_argument(
         "--save_interval",
         type=number(float, 0, ends="()"),
         default=15.0,
@@ -144,6 +161,12 @@ def common_flags() -> argparse.ArgumentParser:
         metavar="auto|PATH",
         help="checkpoint to go on from; auto takes output_dir's "
         "checkpoint-last.pth if there is one",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="remove the checkpoints and logs that output_dir holds; otherwise a folder with a "
+        "run is refused, unless --resume goes on from one",
     )
     group.add_argument(
         "--start_epoch", type=count, default=0, help="epoch to begin with; --resume sets it"
@@ -164,7 +187,7 @@ def common_flags() -> argparse.ArgumentParser:
         "else fp32; losses are always fp32",
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the model, in place")
-    group.add_argument("--seed", type=count, default=0, help="of everything random")
+    group.add_argument("--seed", type=number(int, 0, 2**63), default=0, help="of everything random")
     group.add_argument(
         "--world_size",
         type=positive,
@@ -174,7 +197,7 @@ def common_flags() -> argparse.ArgumentParser:
     group.add_argument(
         "--local_rank",
         "--local-rank",
-        type=number(int, -1),
+        type=number(int, -1, 2**31),
         default=-1,
         help="this process's number on its machine; launchers set it",
     )
@@ -259,6 +282,8 @@ def check_common(args: argparse.Namespace) -> None:
         )
     if args.resume == "auto" and not args.output_dir:
         raise ValueError("--resume auto needs an --output_dir to look in")
+    if args.overwrite and args.resume:
+        raise ValueError("--overwrite begins anew and --resume goes on: give one of them")
     if args.log_dir is None:
         args.log_dir = args.output_dir
 
@@ -325,6 +350,12 @@ def pretrain_parser() -> Parser:
         "--norm_pix_loss",
         action="store_true",
         help="reconstruct pixels normalised within each patch",
+    )
+    group.add_argument(
+        "--blur_prob",
+        type=number(float, 0, 1, "[]"),
+        default=0.5,
+        help="how often a view is blurred; 0 suits images of 32 pixels, which blur spoils",
     )
     group.add_argument(
         "--grad_checkpointing",
@@ -424,7 +455,9 @@ def finetune_parser() -> Parser:
         default="pixel",
         help="what it is filled with: noise by pixel, one random colour, or zero",
     )
-    group.add_argument("--recount", type=number(int, 1), default=1, help="rectangles at most")
+    group.add_argument(
+        "--recount", type=number(int, 1, 1000, "[]"), default=1, help="rectangles at most"
+    )
     group.add_argument(
         "--resplit",
         action="store_true",

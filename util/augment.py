@@ -17,10 +17,12 @@ from util.datasets import IMAGENET_MEAN, IMAGENET_STD
 LUMA = (0.2989, 0.587, 0.114)  # grey level of R, G, B (ITU-R BT.601, torchvision's digits)
 
 # SimCLR's strengths, as in the public CAN release.
-JITTER_P, GREY_P, BLUR_P = 0.8, 0.2, 0.5
+JITTER_P, GREY_P, BLUR_PROB = 0.8, 0.2, 0.5
 JITTER = T.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 BLUR_SIGMA = (0.1, 2.0)  # pixels
 BLUR_RADIUS = 3  # sigmas, rounded up to whole pixels
+
+CPU_PIXELS = 2**14  # of the images done at once: what caches hold, and many small images at once
 
 # One image's parameters: blends (before hue, after it, and one for greyscale), hue, sigma.
 # A blend [own, grey, mean] makes of a pixel: own x pixel + grey x its luma + mean x the image's
@@ -29,7 +31,7 @@ IDENTITY = (1.0, 0.0, 0.0)
 BEFORE, AFTER = 3, 4  # blends
 
 
-def draw_parameters() -> Tensor:
+def draw_parameters(blur_prob: float = BLUR_PROB) -> Tensor:
     """One view's parameters [23], from torch's random state, distributed as torchvision's."""
     before, after, hue = [], [], 0.0
     if torch.rand(()).item() < JITTER_P:
@@ -47,7 +49,7 @@ def draw_parameters() -> Tensor:
     after += [IDENTITY] * (AFTER - 1 - len(after))
     after.append((0.0, 1.0, 0.0) if torch.rand(()).item() < GREY_P else IDENTITY)
     sigma = 0.0
-    if torch.rand(()).item() < BLUR_P:
+    if torch.rand(()).item() < blur_prob:
         sigma = torch.empty(()).uniform_(*BLUR_SIGMA).item()
     return torch.tensor([v for blend in before + after for v in blend] + [hue, sigma])
 
@@ -62,8 +64,13 @@ def augment(crops: Tensor, parameters: Tensor) -> Tensor:
     Returns:
         float32 [N, 3, H, W], normalised by ImageNet's mean and deviation.
     """
+    at_once = max(1, CPU_PIXELS // crops[0, 0].numel())
+    if crops.device.type == "cpu" and len(crops) > at_once:
+        parts = zip(crops.split(at_once), parameters.split(at_once), strict=True)
+        return torch.cat([augment(*part) for part in parts])
     wanted = (parameters[:, :-2].unflatten(1, (-1, 3)) != torch.tensor(IDENTITY)).any(dim=2)
     wanted = wanted.any(dim=0).tolist()
+    least_shift = parameters[:, -2].abs().min().item()
     largest_shift, largest_sigma = parameters[:, -2:].abs().amax(dim=0).tolist()
     parameters = parameters.to(crops.device, non_blocking=True)
     blends = parameters[:, :-2].unflatten(1, (-1, 3)).unbind(1)
@@ -72,7 +79,10 @@ def augment(crops: Tensor, parameters: Tensor) -> Tensor:
     imgs = crops.float()
     for i, weights in enumerate(blends):
         if i == BEFORE and largest_shift:
-            imgs = shift_hue(imgs, shift)
+            shifted = shift_hue(imgs, shift)
+            if not least_shift:  # a shift of 0 rounds: an image must not depend on its batch
+                shifted = torch.where(shift[:, None, None, None] == 0, imgs, shifted)
+            imgs = shifted
         if wanted[i]:
             imgs = blend(imgs, weights)
     if largest_sigma:

@@ -7,24 +7,22 @@ import math
 import os
 import pickle
 import re
+import stat
 import zipfile
+from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from util.distributed import (
-    from_rank_zero,
-    get_rank,
-    get_world_size,
-    host_group,
-    is_main_process,
-)
+from util.distributed import from_rank_zero, get_world_size, host_group, is_main_process
 from util.errors import Stopped, UserError
-from util.interrupt import Interrupts
+from util.interrupt import Interrupts, no_poll
 from util.lr_sched import global_batch
 from util.misc import MetricLogger
 from util.pos_embed import interpolate_pos_embed
@@ -33,22 +31,42 @@ logger = logging.getLogger(__name__)
 
 LAST = "checkpoint-last.pth"
 BEST = "checkpoint-best.pth"
-READ_ERRORS = (
-    OSError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    KeyError,
-    zipfile.BadZipFile,
-    safetensors.SafetensorError,
+NUMBERED = "checkpoint-{}.pth"  # by epoch
+# What else a run goes on from, with its types.
+PARTS = {
+    "optimizer": dict,
+    "scaler": dict,
+    "metrics": list,
+    "epoch": int,
+    "images": int,
+    "world_size": int,
+    "global_batch": int,
+    "given_accum_iter": int,
+    "best": float | int,
+}
+# Flags that make another experiment of a run, in all scripts together.
+EXPERIMENT = (
+    "model",
+    "input_size",
+    "weight_mae",
+    "weight_simclr",
+    "weight_noise",
+    "noise_loss",
+    "norm_pix_loss",
+    "mask_ratio",
+    "std",
+    "global_pool",
+    "layer_decay",
+    "cache_features",
 )
+MOST_EPOCHS = 10**6  # -1 of them are done in the first
 
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Writes tensors and plain types: a reader finds the old file or the new, never a part.
 
     Raises:
-        UserError: the file cannot be written (no permission, disk full).
+        UserError: the file cannot be written (no permission, disk full); the old one is untouched.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -62,9 +80,13 @@ def save(state: dict[str, Any], path: Path) -> None:
             os.fsync(folder)  # the rename, too, must outlive a power cut
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's zip writer, disk full
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+        # torch's zip writer hides what it met behind a RuntimeError of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror}") from None
 
 
 def load(source: str | Path) -> dict[str, Any]:
@@ -79,19 +101,36 @@ def load(source: str | Path) -> dict[str, Any]:
         UserError: no such file, not a checkpoint, or one that holds other classes, which could
             run code; none of it is run.
     """
-    if str(source).startswith(("http://", "https://", "file://")):
-        from_rank_zero(lambda: _download(source))  # other machines then fetch their own copy
-        path = _download(source)
-    else:
-        path = Path(source)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
+    if not str(source).startswith(("http://", "https://", "file://")):
+        return _checked(_read(Path(source)), source)
+    from_rank_zero(lambda: _download(source))  # other machines then fetch their own copy
+    path = _download(source)
+    try:
+        return _checked(_read(path), source)
+    except UserError:
+        path.unlink(missing_ok=True)  # cut short, perhaps: the next time fetches it again
+        raise
+
+
+def _read(path: Path) -> Any:
+    """What is in a file; raises as `load`."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no checkpoint at {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"no checkpoint at {path}: it is a folder or a device, not a file")
+    if status.st_size == 0:
+        raise UserError(f"cannot read checkpoint {path}: it is empty")
     try:
         if path.suffix == ".safetensors":
             return {"model": safetensors.torch.load_file(path)}
+        _refuse_compressed(path, status.st_size)
         # The CAN release and MAE store their flags as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).replace("WeightsUnpickler error: ", "").strip().splitlines()
         reason = next((line for line in reason if "GLOBAL" in line or "Unsupported" in line), "")
@@ -99,35 +138,88 @@ def load(source: str | Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of tensors and plain types; nothing in it "
             f"was run. {reason}".strip()
         ) from None
-    except READ_ERRORS as error:
+    except Exception as error:  # of any class: the readers meet garbage unprepared
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read checkpoint {path}: {line}") from None
+
+
+def _refuse_compressed(path: Path, size: int) -> None:
+    """Raises ValueError for a zip archive that unpacks to more than its size in bytes."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return
+        unpacked = sum(member.file_size for member in zipfile.ZipFile(file).infolist())
+    if unpacked > size:
+        raise ValueError(f"{size} bytes that unpack to {unpacked}, and torch compresses nothing")
+
+
+def _checked(state: Any, source: str | Path) -> dict[str, Any]:
+    """What `load` returns, of what a file held."""
     if isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()):
         state = {"model": state}
     model = state.get("model") if isinstance(state, dict) else None
-    if not isinstance(model, dict) or not all(isinstance(v, Tensor) for v in model.values()):
+    if not isinstance(model, dict) or not all(_is_weight(*item) for item in model.items()):
         raise UserError(
-            f"{path} holds no model: expected tensors by name, or a dictionary with them as 'model'"
+            f"{source} holds no model: expected tensors by name, or a dictionary with them as "
+            "'model'"
         )
     if isinstance(state.get("args"), argparse.Namespace):
         state["args"] = vars(state["args"])
+    if not isinstance(state.get("args", {}), dict):
+        del state["args"]
     return state
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    """Whether it is a named tensor whose numbers are all there."""
+    if not (isinstance(name, str) and isinstance(value, Tensor)):
+        return False
+    there = value.layout == torch.strided and value.device.type == "cpu"
+    return there and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _download(url: str) -> Path:
     """A URL's file in torch.hub's cache, fetched if need be; whole or not at all."""
-    name = Path(urlparse(url).path).name
-    known = re.search(r"-([0-9a-f]{8,})\.", name)  # the hash that torch.hub's names carry
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"  # many are namesakes
-    if not path.is_file():
-        try:
+    try:
+        place = urlparse(url)
+        name = Path(place.path).name
+        known = re.search(r"-([0-9a-f]{8,})\.", name)  # the hash that torch.hub's names carry
+        # Many are namesakes.
+        path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+        if not path.is_file():
+            if place.scheme == "file" and not Path(url2pathname(place.path)).is_file():
+                raise FileNotFoundError("no such file")
             folder.mkdir(parents=True, exist_ok=True)
             logger.info(f"downloading {url} to {path}")
             torch.hub.download_url_to_file(url, str(path), known and known[1], progress=False)
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: another hash
-            raise UserError(f"cannot download {url}: {error}") from None
+    except (OSError, ValueError, RuntimeError, HTTPException) as error:
+        raise UserError(f"cannot download {url}: {error}") from None  # RuntimeError: another hash
     return path
+
+
+def check_position(state: dict[str, Any], source: str | Path) -> None:
+    """Raises UserError where what `load` returned has parts that no run of ours wrote."""
+    for name, kind in PARTS.items():
+        if name in state and not isinstance(state[name], kind):
+            raise UserError(f"{source} is damaged: its {name} is a {type(state[name]).__name__}")
+    if not -1 <= state.get("epoch", 0) <= MOST_EPOCHS or state.get("images", 0) < 0:
+        raise UserError(
+            f"{source} is damaged: its epoch is {state.get('epoch')}, of which "
+            f"{state.get('images', 0)} images are done"
+        )
+
+
+def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: str | Path) -> None:
+    """Raises UserError where `--resume auto` found a checkpoint of another script or objective."""
+    there, here = state.get("args", {}), vars(args)
+    for name in EXPERIMENT if there else ():
+        values = [repr(flags[name]) if name in flags else "no flag" for flags in (there, here)]
+        if values[0] != values[1]:
+            raise UserError(
+                f"--resume auto: {source} is of another experiment: --{name} is {values[0]} there, "
+                f"{values[1]} here; give another --output_dir, or --resume {source}"
+            )
 
 
 def load_model(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
@@ -141,7 +233,7 @@ def load_model(model: nn.Module, weights: dict[str, Tensor], source: str | Path)
 
 
 def check_same(own: dict[str, Tensor], weights: dict[str, Tensor], source: str | Path) -> None:
-    """Raises UserError unless names and shapes are the same."""
+    """Raises UserError unless names, shapes and kinds are the same and all weights finite."""
     for name, tensor in own.items():
         if name not in weights:
             raise UserError(f"{source} is of another architecture: it has no {name}")
@@ -150,6 +242,12 @@ def check_same(own: dict[str, Tensor], weights: dict[str, Tensor], source: str |
                 f"{source} is of another architecture: {name} is "
                 f"{list(weights[name].shape)} there, {list(tensor.shape)} here"
             )
+        if weights[name].is_floating_point() != tensor.is_floating_point():
+            raise UserError(
+                f"{source} is damaged: {name} is {weights[name].dtype}, not {tensor.dtype}"
+            )
+        if not weights[name].float().isfinite().all():
+            raise UserError(f"{source} is of no use: {name} is not finite (NaN or infinite)")
     for name in weights:
         if name not in own:
             raise UserError(f"{source} is of another architecture: {name} has no place here")
@@ -211,113 +309,190 @@ def load_encoder(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
 class Run:
     """Where one training run's state goes and comes from, and when.
 
-    A checkpoint's `epoch` is the last complete one, `step` the optimiser steps done of the next,
-    `metrics` what each rank has measured in them. Random numbers need no state: they are a
+    A checkpoint's `epoch` is the last complete one, `images` those of the next that were trained
+    on, `metrics` what each rank has measured in them. Random numbers need no state: they are a
     function of (seed, epoch, step, rank), see `util.misc.seed_all`.
 
-    `best` is the highest score so far.
+    `epoch` and `step` are where the run stands, `best` is the highest score so far.
 
     Args:
-        args: output_dir ('' saves nothing), resume, save_freq, save_interval, epochs, start_epoch.
-        model: not wrapped in DDP.
-        **states: what else has `state_dict()` and is part of the run: optimizer, scaler, ...
+        args: output_dir ('' saves nothing), save_freq, save_interval, keep_last, epochs,
+            start_epoch; accum_iter may change, see `_keep_global_batch`.
+        resume: what `--resume` says; '' for nothing to go on from.
+    Raises:
+        UserError: no such checkpoint, not a checkpoint, or with `auto` one of another experiment.
     """
 
-    def __init__(self, args: argparse.Namespace, model: nn.Module, **states: Any):
-        self.args, self.model, self.states = args, model, states
-        self.device = next(model.parameters()).device
+    def __init__(self, args: argparse.Namespace, resume: str):
+        self.args, self._given_accum_iter = args, args.accum_iter
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.epoch, self.step = args.start_epoch, 0
-        self._metrics: list[dict] = []
-        self._interrupts = Interrupts(60 * args.save_interval)
         self.best = -math.inf
+        self._interrupts = Interrupts(60 * args.save_interval)
+        self._metrics: MetricLogger | None = None
+        self._measured: list[dict] = []  # the ranks' metrics of the epoch that is resumed
+        self._resumed: dict[str, Any] | None = None
+        self._source = self.folder / LAST if resume == "auto" else resume
+        if resume == "auto" and not from_rank_zero(self._source.exists):
+            logger.info(f"no {self._source} yet: starting from the beginning")
+        elif resume:
+            self._resumed = load(self._source)
+            check_position(self._resumed, self._source)
+            if resume == "auto":
+                check_experiment(self._resumed, args, self._source)
+            self._keep_global_batch(self._resumed)
 
-    def resume(self) -> None:
-        """Loads what `--resume` names; `epoch` and `step` are then where to begin.
+    def _keep_global_batch(self, state: dict[str, Any]) -> None:
+        """Where there are more or fewer processes than before, accumulates fewer or more batches.
 
-        Raises:
-            UserError: no such checkpoint, not a checkpoint, or one of another run.
+        So the steps per epoch and the learning rate stay what they were, if the batches allow it.
         """
-        path = self.args.resume
-        if path == "auto":
-            path = self.folder / LAST
-            if not from_rank_zero(path.exists):
-                logger.info(f"no {path} yet: starting from the beginning")
-                return
-        if not path:
+        before, images = state.get("world_size"), state.get("global_batch")
+        now = get_world_size()
+        flags = state.get("args", {}).get("batch_size"), state.get("given_accum_iter")
+        same_flags = flags == (self.args.batch_size, self.args.accum_iter)
+        # With as many processes, other flags are meant; the same ones were adapted before.
+        if before is None or (
+            before == now and (not same_flags or images == global_batch(self.args))
+        ):
             return
-        state = load(path)
-        load_model(self.model, state["model"], path)
-        for name, part in self.states.items():
+        accum, rest = divmod(images, self.args.batch_size * now)
+        if accum and not rest:
+            self.args.accum_iter = accum
+            kept = f"with --accum_iter {accum} the global batch stays {images}"
+        else:
+            kept = f"the global batch was {images} and is {global_batch(self.args)}"
+        if before != now:
+            kept = f"not bit-exact from here: {before} processes before, {now} now; {kept}"
+        logger.info(kept)
+
+    def resume(self, model: nn.Module, **states: Any) -> None:
+        """Takes up what is trained, and loads what there is to go on from.
+
+        Args:
+            model: not wrapped in DDP.
+            **states: what else has `state_dict()` and is part of the run: optimizer, scaler, ...
+        Raises:
+            UserError: the checkpoint is of another run.
+        """
+        self.model, self.states = model, states
+        state, path = self._resumed, self._source
+        self._resumed = None  # it may be large
+        if state is None:
+            return
+        load_model(model, state["model"], path)
+        for name, part in states.items():
             if name not in state:
                 raise UserError(f"{path} cannot be resumed: it has weights, but no {name} state")
             try:
                 part.load_state_dict(state[name])
-            except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{path} cannot be resumed: its {name} state belongs to another objective or "
                     f"precision ({str(error).splitlines()[0]})"
                 ) from None
         self.epoch = state["epoch"] + 1
-        # In images, so that another number of processes goes on from the same place.
+        # In images: with another global batch, the step that they fill only in part is repeated.
         self.step = state.get("images", 0) // global_batch(self.args)
-        self._metrics = state.get("metrics", [])
+        self._measured = state.get("metrics", [])
         self.best = state.get("best", self.best)
         logger.info(f"resumed {path}: epoch {self.epoch}, step {self.step}")
 
-    def begin_epoch(self, metrics: MetricLogger) -> int:
+    def begin_epoch(self, epoch: int, metrics: MetricLogger) -> int:
         """The steps of this epoch that are done already; `metrics` takes up what they measured."""
-        step, self.step = self.step, 0
-        if step and len(self._metrics) == get_world_size():
-            metrics.load_state_dict(self._metrics[get_rank()], self.device)
-        return step
+        self.epoch, self._metrics = epoch, metrics
+        if self.step and self._measured:
+            metrics.load_state_dicts(self._measured, next(self.model.parameters()).device)
+        self._measured = []
+        return self.step
 
-    def after_step(
-        self, epoch: int, step: int, metrics: MetricLogger, grad_norm: Tensor | None = None
-    ) -> None:
-        """Saves within an epoch when the interval is over, or when asked to stop.
+    def after_step(self, check: Callable[[], Any]) -> None:
+        """Counts a step of the epoch; else as `poll`."""
+        self.step += 1
+        self.poll(check)
+
+    def poll(self, check: Callable[[], Any] = no_poll) -> None:
+        """Saves where the run stands when the interval is over, or when asked to stop.
+
+        Called by all ranks equally often: after each step, and while the epoch is evaluated.
 
         Args:
-            step: optimiser steps done of the epoch.
-            grad_norm: of the step, the same on all ranks, where it must be finite.
+            check: raises UserError on all ranks where the state is not fit to be saved.
         Raises:
-            UserError: what would be saved is not finite; on all ranks.
+            UserError: as `check`; or the state cannot be saved before stopping; on all ranks.
             Stopped: some rank got a signal; on all ranks, after saving.
         """
         number, due = self._interrupts.poll()
         if not (number or due):
             return
-        if not metrics.finite() or not (grad_norm is None or grad_norm.isfinite()):
-            raise UserError(
-                f"loss or gradient is not finite at epoch {epoch}, step {step}; the last "
-                "checkpoint is from before"
-            )
-        states = [None] * get_world_size()
-        torch.distributed.all_gather_object(states, metrics.state_dict(), group=host_group())
-        self._write(epoch - 1, images=step * global_batch(self.args), metrics=states)
+        check()
+        metrics = [None] * get_world_size()
+        torch.distributed.all_gather_object(metrics, self._metrics.state_dict(), group=host_group())
+        position = {"images": self.step * global_batch(self.args), "metrics": metrics}
+        self._save([LAST], position, bool(number), self.best)
         if number:
-            raise Stopped(number)
+            raise Stopped(number, saved=self.folder is not None)
 
     def save(self, epoch: int, score: float | None = None) -> None:
         """Saves the state after an epoch: always the last, every save_freq epochs a numbered.
 
         Args:
             score: the state with the highest so far is also kept as the best.
+        Raises:
+            UserError: the last epoch's cannot be saved; on all ranks.
         """
-        names = [LAST]
-        if (epoch + 1) % self.args.save_freq == 0 or epoch + 1 == self.args.epochs:
-            names.append(f"checkpoint-{epoch}.pth")
+        self.epoch, self.step = epoch + 1, 0
+        final = self.epoch == self.args.epochs
+        names = [LAST]  # written last: whoever is killed before repeats this epoch, and its files
+        best_before = self.best
         if score is not None and score > self.best:
             self.best = score
-            names.append(BEST)
-        self._write(epoch, *names)
+            names.insert(0, BEST)
+        if final or self.epoch % self.args.save_freq == 0:
+            names.insert(0, NUMBERED.format(epoch))
+        self._save(names, {}, final, best_before)
 
-    def _write(self, epoch: int, *names: str, **position: Any) -> None:
+    def _save(
+        self, names: list[str], position: dict[str, Any], last_chance: bool, best_before: float
+    ) -> None:
+        """Writes files on rank 0; that one cannot be is an error only at the last chance."""
         self._interrupts.saved()
-        if self.folder is None or not is_main_process():
+        if self.folder is None:
             return
-        state = {name: part.state_dict() for name, part in self.states.items()}
-        state |= {"model": self.model.state_dict(), "epoch": epoch, "best": self.best}
-        state["args"] = vars(self.args)
-        for name in names or (LAST,):
-            save(state | position, self.folder / name)
+        if last_chance:
+            from_rank_zero(lambda: self._write(names, position, best_before))
+        elif is_main_process():
+            try:
+                self._write(names, position, best_before)
+            except UserError as error:
+                logger.warning(f"warning: {error}; the run goes on, and tries again when it saves")
+
+    def _write(self, names: list[str], position: dict[str, Any], best_before: float) -> None:
+        """Raises UserError with the first failure, after trying all files."""
+        state = {name: part.state_dict() for name, part in self.states.items()} | position
+        state |= {"model": self.model.state_dict(), "epoch": self.epoch - 1}
+        state |= {"args": vars(self.args), "given_accum_iter": self._given_accum_iter}
+        state |= {"world_size": get_world_size(), "global_batch": global_batch(self.args)}
+        failed = []
+        for name in names:
+            try:
+                save(state | {"best": self.best}, self.folder / name)
+            except UserError as error:
+                failed.append(error)
+                if name == BEST:
+                    self.best = best_before
+        if failed:
+            raise failed[0]
+        if self.args.keep_last:
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        """Removes numbered checkpoints but the newest; never any of later epochs than this."""
+        try:
+            names = [re.fullmatch(NUMBERED.format(r"(\d+)"), p.name) for p in self.folder.iterdir()]
+            epochs = sorted(int(name[1]) for name in names if name)
+            past = [epoch for epoch in epochs if epoch < self.epoch]
+            for epoch in past[: -self.args.keep_last]:
+                (self.folder / NUMBERED.format(epoch)).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning(f"warning: cannot remove old checkpoints: {error}")

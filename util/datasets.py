@@ -1,6 +1,7 @@
 """Image data sets by folder or name, and the order and randomness in which they are seen."""
 
 import argparse
+import contextlib
 import itertools
 import os
 import random
@@ -11,23 +12,27 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms as T
+import torchvision.transforms.functional as TF
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import posterize
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import Dataset, DistributedSampler, Sampler, Subset
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.crop import RandomResizedCrop
-from util.distributed import get_rank, get_world_size
+from util.distributed import get_rank, get_world_size, is_main_process
 from util.errors import UserError
 from util.file_list import list_files
+from util.images import BadImage, open_image, to_rgb
 from util.interrupt import ignore_signals
-from util.loader import DeviceLoader
+from util.loader import DeviceLoader, warn_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DOWNLOADS = "data"  # where torchvision's data sets go, under the current folder
+REPLACEMENTS = 20  # images that are tried in place of one that cannot be read
 
 
 class Digits(Dataset):
@@ -83,7 +88,7 @@ class ImageFiles(datasets.ImageFolder):
             folder: [name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
             for folder, names in list_files(root, cache).items()
         }
-        super().__init__(str(root), loader=Image.open)
+        super().__init__(str(root), loader=open_image)
         del self._images
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
@@ -125,45 +130,51 @@ def open_dataset(data_path: str, train: bool, cache_dir: str = "") -> Dataset:
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot get the data set {data_path}: {error}") from None
     root = Path(data_path)
+    try:
+        dataset = _open_folder(root, train, cache_dir)
+    except PermissionError as error:
+        raise UserError(f"--data_path {data_path}: {error.filename}: not readable") from None
+    if len(dataset) == 0:
+        raise UserError(f"no images in {dataset.root}")
+    return dataset
+
+
+def _open_folder(root: Path, train: bool, cache_dir: str) -> "ImageFiles":
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "no such folder"
-        raise UserError(f"--data_path {data_path}: {what}, nor a name: {', '.join(NAMED)}")
+        raise UserError(f"--data_path {root}: {what}, nor a name: {', '.join(NAMED)}")
     split = root / ("train" if train else "val")
     if not split.is_dir():
         if not train:
             raise UserError(
-                f"--data_path {data_path}: no folder val/ in it; --val_fraction 0.1 holds out a "
+                f"--data_path {root}: no folder val/ in it; --val_fraction 0.1 holds out a "
                 "tenth of the training images instead"
             )
         split = root
-    try:
-        cache = Path(cache_dir) / f"files-{'train' if train else 'val'}.json" if cache_dir else None
-        dataset = ImageFiles(split, cache)
-    except PermissionError as error:
-        raise UserError(f"--data_path {data_path}: {error.filename}: not readable") from None
-    if len(dataset) == 0:
-        raise UserError(f"no images in {split}")
-    return dataset
+    cache = Path(cache_dir) / f"files-{'train' if train else 'val'}.json" if cache_dir else None
+    return ImageFiles(split, cache)
 
 
 def read_image(
-    dataset: Dataset, index: int, transform: Callable[[Image.Image], Any] | None = None
+    dataset: Dataset, index: int, transform: Callable[[Image.Image], Any]
 ) -> tuple[Any, int]:
-    """An RGB image, transformed if need be, and its label.
+    """A transformed RGB image and its label.
 
     A transform that has `decodes` set gets the image as its file holds it.
 
     Raises:
-        UserError: the file is not a readable image; names it.
+        BadImage: the file is not a readable image.
     """
     try:
         image, label = dataset[index]
-        if not getattr(transform, "decodes", False):
-            image = image.convert("RGB")
-        return image if transform is None else transform(image), label
-    except (OSError, SyntaxError, ValueError) as error:
-        name = dataset.samples[index][0] if hasattr(dataset, "samples") else f"image {index}"
-        raise UserError(f"{name} is not a readable image ({error})") from None
+    except Exception as error:  # torchvision's own data sets open, and some decode, in here
+        raise BadImage(error) from None
+    return transform(image if getattr(transform, "decodes", False) else to_rgb(image)), label
+
+
+def name_of(dataset: Dataset, index: int) -> str:
+    """An image's file where the data set names it, else its number."""
+    return dataset.samples[index][0] if hasattr(dataset, "samples") else f"image {index}"
 
 
 def open_labelled(
@@ -238,9 +249,15 @@ class _Part(Subset):
 
 
 class SeededDataset(Dataset):
-    """(epoch, index) -> (augmented image, label), a function of (seed, epoch, index) alone.
+    """(epoch, index) -> (augmented image, label, bad), a function of (seed, epoch, index) alone.
+
+    In place of a file that is not a readable image stands another image with its own label, drawn
+    anew in each epoch. `bad` is then the file's name and what is wrong with it, else ("", "").
 
     The epoch travels with the index because loader processes outlive it.
+
+    Raises:
+        UserError: neither the file nor any that was drawn to replace it is readable.
     """
 
     def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Any], seed: int):
@@ -249,18 +266,33 @@ class SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int, tuple[str, str]]:
         epoch, index = key
-        words = np.random.SeedSequence(self.seed, spawn_key=(0, epoch, index)).generate_state(
-            3, np.uint64
+        try:
+            return *self._draw(epoch, index, index), ("", "")
+        except BadImage as error:
+            bad = name_of(self.dataset, index), str(error)
+        others = np.random.default_rng(self._stream(2, epoch, index))
+        for other in others.integers(len(self), size=REPLACEMENTS).tolist():
+            with contextlib.suppress(BadImage):
+                return *self._draw(epoch, index, other), bad
+        raise UserError(
+            f"{bad[0]} is not a readable image ({bad[1]}), nor was any drawn to replace it"
         )
+
+    def _draw(self, epoch: int, index: int, source: int) -> tuple[Any, int]:
+        """Image number `source`, with the random numbers that belong to (epoch, index)."""
+        words = self._stream(0, epoch, index).generate_state(3, np.uint64)
         # timm's augmentations draw from Python's and NumPy's generators
         random.seed(int(words[1]))
         np.random.seed(words[2] >> np.uint64(32))
         with torch.random.fork_rng(devices=[]):
             # not torch.manual_seed, which would reach for the GPU's generators as well
             torch.default_generator.manual_seed(int(words[0]))
-            return read_image(self.dataset, index, self.transform)
+            return read_image(self.dataset, source, self.transform)
+
+    def _stream(self, *key: int) -> np.random.SeedSequence:
+        return np.random.SeedSequence(self.seed, spawn_key=key)
 
 
 class EpochSampler(DistributedSampler):
@@ -324,7 +356,7 @@ def train_loader(
 
     Args:
         dataset: takes (epoch, index), as `SeededDataset` does.
-        args: batch_size, accum_iter, seed, num_workers, pin_mem.
+        args: batch_size, accum_iter, seed, num_workers, pin_mem, output_dir.
         finish: as `DeviceLoader`'s.
     """
     sampler = EpochSampler(dataset, args.batch_size * args.accum_iter, args.seed)
@@ -355,6 +387,7 @@ def _loader(
         worker_init_fn=ignore_signals,
         device=device,
         finish=finish,
+        output_dir=args.output_dir,
     )
 
 
@@ -369,12 +402,19 @@ def eval_transform(input_size: int, crop: float | None = None) -> T.Compose:
         crop = 224 / 256 if input_size <= 224 else 1.0
     return T.Compose(
         [
+            _middle,
             T.Resize(int(input_size / crop), T.InterpolationMode.BICUBIC),
             T.CenterCrop(input_size),
             T.ToTensor(),
             T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    # All that is seen of a strip lies here; resized whole, one of a few pixels would fill memory.
+    longest = 16 * min(image.size)
+    return TF.center_crop(image, [min(side, longest) for side in image.size[::-1]])
 
 
 def probe_transform(input_size: int) -> T.Compose:
@@ -415,10 +455,18 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(f"--aa {args.aa} is no augmentation policy of timm's: {error}") from None
     for step in transform.transforms:
+        if isinstance(step, RandomResizedCropAndInterpolation):
+            step.get_params = _crop_params
         for op in itertools.chain(getattr(step, "ops", []), *getattr(step, "policy", [])):
             if op.aug_fn is posterize:
                 op.aug_fn = _posterize
     return transform
+
+
+def _crop_params(image: Image.Image, *ranges: Any) -> tuple[int, int, int, int]:
+    # timm's, which rounds a crop of very few pixels to none.
+    top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, *ranges)
+    return min(top, image.height - 1), min(left, image.width - 1), max(height, 1), max(width, 1)
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
@@ -428,6 +476,9 @@ def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
 
 def preview_images(dataset: Dataset, count: int, input_size: int) -> torch.Tensor:
     """Images [count, 3, input_size, input_size] spread over a data set, normalised, as they are."""
-    transform = eval_transform(input_size, crop=1.0)
-    indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
-    return torch.stack([transform(read_image(dataset, int(i))[0]) for i in indices])
+    data = SeededDataset(dataset, eval_transform(input_size, crop=1.0), seed=0)
+    indices = np.linspace(0, len(data) - 1, min(count, len(data))).astype(int)
+    images, _, bad = zip(*(data[0, int(i)] for i in indices), strict=True)
+    if is_main_process():
+        warn_of({name: reason for name, reason in bad if name})
+    return torch.stack(images)

@@ -7,7 +7,10 @@ import argparse
 import datetime
 import logging
 import os
+import socket
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,6 +24,7 @@ T = TypeVar("T")
 
 _store: dist.Store | None = None  # shared by all ranks; see _first_to_report
 _host_group: dist.ProcessGroup | None = None
+OTHERS_TIMEOUT = 1.0  # seconds that an error waits for others to meet it as well
 HOST_TIMEOUT = datetime.timedelta(hours=12)  # rank 0 may list a million files, or download them
 
 
@@ -59,13 +63,16 @@ def _place(args: argparse.Namespace) -> tuple[int, int, int]:
 
 def _device(args: argparse.Namespace, local_rank: int) -> torch.device:
     if (args.device or "cuda") == "cuda" and torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        visible = torch.cuda.device_count()
+        # With srun --gpus-per-task=1 each task sees its own GPU alone.
+        bound = visible == 1 and os.environ.get("SLURM_LOCALID") == str(local_rank)
+        index = 0 if bound else local_rank
+        if index >= visible:
             raise UserError(
-                f"process {local_rank} of this machine has no GPU of its own: there "
-                f"are {torch.cuda.device_count()}"
+                f"process {local_rank} of this machine has no GPU of its own: there are {visible}"
             )
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
     if args.device == "cuda":
         raise UserError(
             "--device cuda: no usable GPU here (torch.cuda.is_available() is false); "
@@ -106,6 +113,10 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     except (ValueError, RuntimeError) as error:  # RuntimeError: the network's, port in use
         line = str(error).splitlines()[0]
         raise UserError(f"--dist_url {args.dist_url}: the processes cannot meet: {line}") from None
+    # The store of a single torchrun outlives its restarts, with the addresses of those who died.
+    # Several torchruns meet at a new store each time, and may count restarts differently.
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        _store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], _store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=_store,
@@ -168,37 +179,99 @@ def gather_rows(rows: torch.Tensor, total: int) -> torch.Tensor:
     return torch.stack(gathered, dim=1).flatten(0, 1)[:total]
 
 
-def _first_to_report() -> bool:
-    """True on the one rank that asks first: an error that all ranks meet is shown once."""
-    if _store is None or get_world_size() == 1:
-        return True
-    try:
-        return _store.add("errors_reported", 1) == 1
-    except RuntimeError:  # the rank that holds the store is gone
-        return True
-
-
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Runs a script to its end: exit status 0, or 1 after one line for the user."""
+    """Runs a script to its end: exit status 0, or 1 after one line for the user.
+
+    A process that fails ends at once, without waiting for others, and they notice.
+    """
     try:
-        main(args)
-    except UserError as error:
-        _fail(str(error))
-    except torch.OutOfMemoryError:
-        _fail("out of GPU memory: lower --batch_size (and raise --accum_iter to match)")
-    except Stopped as stopped:
-        logger.info(f"stopped by {stopped} after saving; --resume auto goes on from here")
+        try:
+            main(args)
+        except UserError as error:
+            _fail(str(error))
+        except torch.OutOfMemoryError:
+            _fail("out of GPU memory: lower --batch_size (and raise --accum_iter to match)")
+        except Stopped:
+            raise
+        except Exception as error:
+            if get_world_size() == 1:
+                raise
+            if _is_of_a_peer(error):
+                _fail(
+                    "another process of this run died or hung, its own messages may say why; "
+                    "--resume auto goes on from the last save",
+                    of_a_peer=True,
+                )
+            traceback.print_exc()
+            _leave()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    except Stopped as stopped:  # also one that comes while an error is handled
+        after = " after saving; --resume auto goes on from here" if stopped.saved else ""
+        logger.info(f"stopped by {stopped}{after}")
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
-def _fail(message: str) -> None:
-    if _first_to_report():
+def _is_of_a_peer(error: Exception) -> bool:
+    """Whether a collective failed because another process did not take part in it to the end."""
+    if isinstance(error, dist.DistError):  # nccl's, the store's
+        return True
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+
+
+def _fail(message: str, of_a_peer: bool = False) -> None:
+    """One line from all ranks together, and status 1."""
+    if _first_to_report(of_a_peer):
         # From a loader process the line arrives at the end of that process's traceback.
-        message = message.rsplit("UserError: ", 1)[-1].strip()
+        message = message.rsplit("UserError: ", 1)[-1].strip().replace("\n", "\\n")
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(1)
+    _leave()
+
+
+def _first_to_report(of_a_peer: bool) -> bool:
+    """True on the one rank that asks first: an error that all ranks meet is shown once.
+
+    Where nobody is left to ask, rank 0 has shown what others met as well; unless it was killed.
+    """
+    if _store is None or get_world_size() == 1:
+        return True
+    if of_a_peer:
+        time.sleep(OTHERS_TIMEOUT)  # a process that dies closes one connection after another
+    if _store_is_gone():
+        return of_a_peer
+    try:
+        first = _store.add("errors_reported", 1) == 1
+        if is_main_process():  # it may hold the store, and others want to ask, too
+            end = time.monotonic() + OTHERS_TIMEOUT
+            while _store.add("errors_reported", 0) < get_world_size() and time.monotonic() < end:
+                time.sleep(0.05)
+        return first
+    except RuntimeError:
+        return of_a_peer
+
+
+def _store_is_gone() -> bool:
+    """Whether the process that holds the store has ended; asking it, torch would print a page."""
+    store = _store
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, dist.TCPStore):
+        return False
+    try:
+        socket.create_connection((store.host, store.port), OTHERS_TIMEOUT).close()
+    except OSError:
+        return True
+    return False
+
+
+def _leave() -> None:
+    """Ends this process with status 1."""
+    if get_world_size() == 1:
+        sys.exit(1)
+    # Taking the group down would wait for the others; those who wait for us notice that we left.
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(1)

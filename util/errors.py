@@ -8,8 +8,8 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved its state; `signal` is what asked."""
+    """The run was asked to stop; `signal` is what asked, `saved` whether its state was saved."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, saved: bool = False):
         super().__init__(signal.Signals(number).name)
-        self.signal = number
+        self.signal, self.saved = number, saved

@@ -4,7 +4,6 @@ python -m util.export --checkpoint output_dir/checkpoint-49.pth --out vit.safete
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import safetensors.torch
@@ -16,7 +15,7 @@ from util.args import Parser
 from util.checkpoint import check_same, encoder_part, load
 from util.distributed import launch
 from util.errors import UserError
-from util.sizes import SIZES, size_of
+from util.sizes import SIZES, image_side, size_of
 
 
 def get_args_parser() -> Parser:
@@ -35,10 +34,7 @@ def timm_arguments(weights: dict[str, Tensor], source: str) -> dict:
         UserError: they are of no size in `SIZES`, or have no positions.
     """
     name = size_of(weights, source)
-    if "pos_embed" not in weights:
-        raise UserError(f"{source} has no pos_embed")
-    _, in_chans, patch, _ = weights["patch_embed.proj.weight"].shape
-    side = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch
+    in_chans, side = weights["patch_embed.proj.weight"].shape[1], image_side(weights, source)
     arguments = {"model_name": f"vit_{name}_224", "num_classes": 0}
     if not timm.is_model(arguments["model_name"]):
         stock = SIZES["tiny_patch16"].encoder()

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from util.datasets import SeededDataset, eval_loader, eval_transform
 from util.distributed import gather_rows, get_rank, get_world_size, sum_over_ranks
 from util.errors import UserError
+from util.interrupt import no_poll, polled
 from util.precision import Precision
 
 # Of the weighted vote (Wu et al. 2018), with the k of DINO (Caron et al. 2021).
@@ -47,25 +48,29 @@ def encode(
     dataset: Dataset,
     args: argparse.Namespace,
     precision: Precision,
+    poll: Callable[[], None] = no_poll,
 ) -> Features:
     """The features of all images of a data set, resized and centre-cropped; on the device.
 
     Args:
         encoder: from images [N, C, H, W] to features [N, D].
         dataset: of (PIL image, label) pairs; the processes share the work.
-        args: input_size, seed, batch_size, num_workers, pin_mem.
+        args: input_size, seed, batch_size, num_workers, pin_mem, output_dir.
+        poll: called after each batch, on every rank equally often.
     Raises:
-        UserError: fewer images than processes.
+        UserError: fewer images than processes, or too many that are not readable.
     """
     total = len(dataset)
     if total < get_world_size():
         raise UserError(f"{total} images are too few to share among {get_world_size()} processes")
     images = SeededDataset(dataset, eval_transform(args.input_size), args.seed)
     features, labels = [], []
-    for batch, batch_labels in eval_loader(images, args, precision.device, share=True):
+    loader = eval_loader(images, args, precision.device, share=True)
+    for batch, batch_labels in polled(loader, poll):
         with precision.autocast():
             features.append(encoder(batch).float())
         labels.append(batch_labels.to(precision.device))
+    loader.report_bad()
     return Features(gather_rows(torch.cat(features), total), gather_rows(torch.cat(labels), total))
 
 
@@ -93,6 +98,7 @@ def encoder_knn(
     val: Dataset,
     args: argparse.Namespace,
     precision: Precision,
+    poll: Callable[[], None] = no_poll,
 ) -> float:
     """Accuracy in percent on the images of `val` with those of `train` as neighbours."""
-    return knn_accuracy(*(encode(encoder, part, args, precision) for part in (train, val)))
+    return knn_accuracy(*(encode(encoder, part, args, precision, poll) for part in (train, val)))

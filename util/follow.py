@@ -17,7 +17,7 @@ ENDED |= {"FINISHED", "INTERRUPTED"}  # submitit's words for processes of this m
 
 START = "Starting with JobEnvironment"  # submitit's line; a log holds all starts of a job
 # What tells in a log why a process ended.
-USER_ERROR = r"^\S+\.py: error: .+"
+USER_ERROR = r"^\S+\.py: error: (?!another process).+"  # what that one met is the cause
 EXCEPTION = r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*"
 TASK_ENDED = r"^srun: error: .+: tasks? \d.+"  # in rank 0's log; the first is the cause
 SLURM_ERROR = r"^slurmstepd.*: error: .+"

@@ -1,11 +1,15 @@
 """What a run shows: console lines, TensorBoard's files, log.txt with a JSON object per epoch."""
 
 import argparse
+import contextlib
 import datetime
 import json
 import logging
 import math
+import os
 import resource
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from util.distributed import from_rank_zero, get_world_size, is_main_process
 from util.errors import UserError
 from util.file_list import write_lists
+from util.folder import clear_folder
 from util.lr_sched import global_batch
 from util.precision import Precision
 
@@ -24,8 +29,11 @@ logger = logging.getLogger(__name__)
 class RunLog:
     """Written by rank 0 alone; nothing is written where no folder is given.
 
+    A full disk does not end the run. Lines of log.txt then wait for the next epoch; TensorBoard
+    misses what it could not write.
+
     Args:
-        args: output_dir and log_dir, made here if need be.
+        args: output_dir and log_dir, made here if need be; overwrite.
         epoch, steps: what a resumed run begins with, and the optimiser steps done before it;
             whatever was logged of later ones is taken back.
     Raises:
@@ -33,42 +41,90 @@ class RunLog:
     """
 
     def __init__(self, args: argparse.Namespace, epoch: int = 0, steps: int = 0):
-        self.writer, self.path = None, None
+        self.writer, self.folder, self.path = None, None, None
+        self._purge_step: int | None = steps + 1
+        self._waiting: list[str] = []
         from_rank_zero(lambda: _make_folders(args.output_dir, args.log_dir))
+        from_rank_zero(lambda: clear_folder(args))
+        if args.output_dir:
+            path = Path(args.output_dir) / "log.txt"
+            from_rank_zero(lambda: _cut_off(path, epoch))
         if not is_main_process():
             return
         write_lists()
-        if args.log_dir:
-            self.writer = SummaryWriter(args.log_dir, purge_step=steps + 1)
-        if args.output_dir:
-            self.path = Path(args.output_dir) / "log.txt"
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = self.path.with_name("log.txt.tmp")
-            kept.write_text("".join(f"{line}\n" for line in lines if _epoch_of(line) < epoch))
-            kept.replace(self.path)
+        self.folder = args.log_dir or None
+        self.path = path if args.output_dir else None
+        threading.excepthook = _excepthook
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Adds points to TensorBoard's curves at an optimiser step."""
-        if self.writer is not None:
+
+        def add(writer: SummaryWriter) -> None:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+                writer.add_scalar(name, value, step)
+
+        self._tensorboard(add)
 
     def image(self, name: str, image: Tensor, step: int) -> None:
         """Adds a uint8 image [3, H, W] to TensorBoard."""
-        if self.writer is not None:
-            self.writer.add_image(name, image, step)
+        self._tensorboard(lambda writer: writer.add_image(name, image, step))
+
+    def _tensorboard(self, add: Callable[[SummaryWriter], None]) -> None:
+        if self.folder is None:
+            return
+        try:
+            if self.writer is None:
+                self.writer = SummaryWriter(self.folder, purge_step=self._purge_step)
+            add(self.writer)
+            self.writer.flush()  # a save that follows counts on it
+            self._purge_step = None
+        except OSError as error:
+            self.writer = None  # it ends at its first error; the next begins a file of its own
+            logger.warning(f"warning: cannot write to {self.folder}: {error.strerror}")
 
     def epoch(self, values: dict[str, float | int]) -> None:
-        """Adds a line to log.txt and brings TensorBoard's file up to date."""
-        if self.path is not None:
+        """Adds a line to log.txt."""
+        if self.path is None:
+            return
+        self._waiting.append(json.dumps(values) + "\n")
+        self._write_lines()
+
+    def _write_lines(self) -> None:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
-        if self.writer is not None:
-            self.writer.flush()
+                file.writelines(self._waiting)
+            self._waiting = []
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # no part of a line stays
+            logger.warning(f"warning: cannot write {self.path}: {error.strerror}")
 
     def close(self) -> None:
+        """Writes what has waited until now."""
+        if self._waiting:
+            self._write_lines()
         if self.writer is not None:
-            self.writer.close()
+            with contextlib.suppress(OSError):
+                self.writer.close()
+
+
+def _excepthook(args: threading.ExceptHookArgs) -> None:
+    # TensorBoard's thread passes its OSError on to `RunLog` besides: once is enough.
+    if not (isinstance(args.exc_value, OSError) and "Writer" in type(args.thread).__name__):
+        threading.__excepthook__(args)
+
+
+def _cut_off(path: Path, epoch: int) -> None:
+    """Takes an epoch's line and later ones off log.txt, and what a crash has left of one."""
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+        text = "".join(f"{line}\n" for line in lines if _epoch_of(line) < epoch)
+        kept = path.with_name("log.txt.tmp")
+        kept.write_text(text)
+        kept.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _epoch_of(line: str) -> float:

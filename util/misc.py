@@ -58,10 +58,20 @@ class _Tally:
         self.seconds += seconds
 
     def means(self) -> dict[str, float]:
+        if not self.updates:
+            return {}
         means = {name: value / self.updates for name, value in self.sums.items()}
         means["images_per_second"] = self.images * get_world_size() / self.seconds
         means["data_wait"] = self.wait / self.seconds
         return means
+
+
+def _share(tallies: list[dict]) -> dict:
+    """What each rank would have measured, had there been as many as now."""
+    ranks = len(tallies)
+    sums = {name: sum(t["sums"][name] for t in tallies) / ranks for name in tallies[0]["sums"]}
+    images = sum(tally["images"] for tally in tallies) / get_world_size()
+    return tallies[0] | {"sums": sums, "images": images}
 
 
 class MetricLogger:
@@ -69,7 +79,8 @@ class MetricLogger:
 
     `update` only adds; `window` fetches the means since the last look, over all ranks, with one
     transfer; `epoch` gives the means over all windows. Both also hold `images_per_second` of all
-    ranks and `data_wait`, the share of time spent waiting for the loader.
+    ranks and `data_wait`, the share of time spent waiting for the loader; or nothing, where there
+    was no update.
     """
 
     def __init__(self):
@@ -89,24 +100,19 @@ class MetricLogger:
             yield batch
 
     def update(self, images: int, **metrics: Tensor) -> None:
-        """Adds scalars of one forward pass over a number of images of this rank."""
-        metrics = {name: value.detach().float() for name, value in metrics.items()}
+        """Adds scalars of one step over a number of images of this rank."""
         self._window.add(metrics, updates=1, images=images, wait=0.0, seconds=0.0)
 
     def window(self) -> dict[str, float]:
         """Means since the last call."""
         window, self._window = self._window, _Tally()
-        sums = mean_over_ranks(torch.stack(list(window.sums.values()))).tolist()
-        window.sums = dict(zip(window.sums, sums, strict=True))
+        if window.sums:
+            sums = mean_over_ranks(torch.stack(list(window.sums.values()))).tolist()
+            window.sums = dict(zip(window.sums, sums, strict=True))
         now = time.perf_counter()  # after the transfer: all of the window's work is done
         window.seconds, self._since = now - self._since, now
         self._epoch.add(**vars(window))
         return window.means()
-
-    def finite(self) -> bool:
-        """Whether all that was measured since the last window is finite, on every rank."""
-        sums = list(self._window.sums.values())
-        return not sums or bool(mean_over_ranks(torch.stack(sums)).isfinite().all())
 
     def epoch(self) -> dict[str, float]:
         """Means over all windows so far."""
@@ -119,8 +125,12 @@ class MetricLogger:
         window["sums"] = {name: value.cpu() for name, value in window["sums"].items()}
         return {"window": window, "epoch": dict(vars(self._epoch))}
 
-    def load_state_dict(self, state: dict, device: torch.device) -> None:
-        """Takes up where `state_dict` was taken."""
+    def load_state_dicts(self, states: list[dict], device: torch.device) -> None:
+        """Takes up where all ranks' `state_dict` were taken; other ranks share alike."""
+        if len(states) == get_world_size():
+            state = states[get_rank()]
+        else:
+            state = {part: _share([state[part] for state in states]) for part in states[0]}
         self._window, self._epoch = _Tally(**state["window"]), _Tally(**state["epoch"])
         self._window.sums = {k: v.to(device) for k, v in self._window.sums.items()}
         self._since = time.perf_counter() - self._window.seconds

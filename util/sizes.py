@@ -1,5 +1,6 @@
 """The model sizes, one table for `mae_vit_*` (model_mae) and `vit_*` (model_vit)."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,3 +65,15 @@ def size_of(weights: dict[str, Any], source: str | Path) -> str:
         f"{source} is of no known size: width {embed_dim}, depth {depth}, patch {patch}; "
         f"known are {', '.join(SIZES)}"
     )
+
+
+def image_side(weights: dict[str, Any], source: str | Path) -> int:
+    """The side in pixels of the square images that an encoder's position embeddings are for.
+
+    Raises:
+        UserError: it has none.
+    """
+    positions = weights.get("pos_embed")
+    if positions is None or positions.ndim != 3 or positions.shape[1] < 2:
+        raise UserError(f"{source} has no pos_embed of an encoder's")
+    return math.isqrt(positions.shape[1] - 1) * weights["patch_embed.proj.weight"].shape[-1]

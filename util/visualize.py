@@ -38,7 +38,8 @@ def reconstruct(model: nn.Module, imgs: Tensor, mask_ratio: float) -> tuple[Tens
     model.eval()
     with torch.random.fork_rng(devices=[imgs.device] if imgs.is_cuda else []):
         torch.manual_seed(MASK_SEED)
-        parts = model(imgs, mask_ratio=mask_ratio)
+        # Not as a call, for which `--compile` would compile the model again.
+        parts = model.forward(imgs, mask_ratio=mask_ratio)
     model.train(was_training)
 
     pred, target = parts["pred"].float(), model.patchify(imgs)
@@ -91,6 +92,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{args.checkpoint} was trained without reconstruction (--weight_mae 0)")
     flags = state.get("args", {})
     mask_ratio = flags.get("mask_ratio", 0.75) if args.mask_ratio is None else args.mask_ratio
+    if not isinstance(mask_ratio, float | int) or not 0 <= mask_ratio < 1:
+        raise UserError(f"{args.checkpoint}: its mask_ratio is {mask_ratio}: give --mask_ratio")
     dataset = open_dataset(args.data_path, train=True)
     imgs = preview_images(dataset, args.images, model.patch_embed.img_size[0])
     grid = reconstruction_grid(model, imgs, mask_ratio)

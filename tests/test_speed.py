@@ -1,0 +1,56 @@
+"""What keeps a GPU busy: `--compile` compiles once, and no step of accumulation is waited for."""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partialmethod
+
+import pytest
+import torch
+from conftest import TINY, run_main
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
+
+import main_pretrain
+from model_mae import MaskedAutoencoderViT
+
+FLAGS = [*TINY, "--model", "mae_vit_nano_patch4", "--batch_size", 4, "--accum_iter", 2]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [[], ["--weight_simclr", 0, "--weight_mae", 1], ["--weight_mae", 0, "--weight_simclr", 1]],
+    ids=["CAN", "MAE", "SimCLR"],
+)
+def test_accumulation_evaluation_and_preview_share_one_compiled_graph(
+    objective, photos, tmp_path, monkeypatch
+):
+    # "aot_eager" generates no code, which would take minutes: graphs come from the tracing before.
+    compile_whole = partialmethod(nn.Module.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(MaskedAutoencoderViT, "compile", compile_whole)
+    torch._dynamo.reset()
+    counters.clear()
+    flags = [*FLAGS, "--data_path", photos, *objective, "--epochs", 2, "--eval_freq", 1]
+    assert run_main(main_pretrain, *flags, "--output_dir", tmp_path, "--compile") == 0
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_accumulated_gradients_are_not_waited_for(precision, photos, monkeypatch):
+    windows = []
+
+    @contextlib.contextmanager
+    def watched(self, no_sync=DistributedDataParallel.no_sync) -> Iterator[None]:
+        with no_sync(self):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                yield  # forward, losses, backward
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        windows.append(self)
+
+    monkeypatch.setattr(DistributedDataParallel, "no_sync", watched)
+    flags = [*FLAGS, "--data_path", photos, "--epochs", 1, "--output_dir", ""]
+    assert run_main(main_pretrain, *flags, "--device", "cuda", "--precision", precision) == 0
+    assert len(windows) == 6  # of 48 images, each second batch of 4

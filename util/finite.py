@@ -1,0 +1,78 @@
+"""Losses and gradients that are not finite: every rank sees the same, and acts alike."""
+
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from util.distributed import is_main_process, mean_over_ranks
+from util.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+GRADIENT = "gradient norm"
+# From 2^16, float16's loss scale has then shrunk so far that no gradient overflows for its size.
+OVERFLOWS = 40
+
+
+class FiniteCheck:
+    """Ends a run, or leaves out a step, whose loss or gradient is not finite.
+
+    What a step measured is averaged over the ranks. It is read one step late, when the device is
+    done with it and nobody has to wait; where steps may be left out, at once.
+
+    Args:
+        skips: how many steps in a row may be left out.
+        scaled: float16's loss scaling is on: it leaves out steps of infinite gradients by itself.
+    """
+
+    def __init__(self, skips: int, scaled: bool):
+        self.skips, self.scaled = skips, scaled
+        self._in_a_row = {True: 0, False: 0}  # by whether the loss scale was too large
+        self._pending: tuple[str, list[str], Tensor, torch.cuda.Event | None] | None = None
+
+    def step(self, place: str, values: dict[str, Tensor]) -> bool:
+        """Looks at a step before its update; says whether to make that.
+
+        Args:
+            place: of the step, for messages.
+            values: scalars: the losses of this rank, and as `GRADIENT` the gradient's norm.
+        Raises:
+            UserError: as `settle`.
+        """
+        self.settle()
+        means = mean_over_ranks(torch.stack([value.float() for value in values.values()]))
+        copy, copied = means.to("cpu", non_blocking=True), None
+        if means.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        self._pending = place, list(values), copy, copied
+        return self.skips == 0 or self.settle()
+
+    def settle(self) -> bool:
+        """Reads what has not been read yet; False if that step's update must be left out.
+
+        Raises:
+            UserError: what it read is not finite, once too often; on all ranks.
+        """
+        if self._pending is None:
+            return True
+        (place, names, means, copied), self._pending = self._pending, None
+        if copied is not None:
+            copied.synchronize()
+        if means.isfinite().all():
+            self._in_a_row = {True: 0, False: 0}
+            return True
+        values = dict(zip(names, means.tolist(), strict=True))
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        overflow = self.scaled and bad == [GRADIENT]
+        self._in_a_row[overflow] += 1
+        shown = dict.fromkeys([*bad, GRADIENT])
+        line = ", ".join(f"{name} is {values[name]:.3g}" for name in shown) + f" at {place}"
+        if self._in_a_row[overflow] > (OVERFLOWS if overflow else self.skips):
+            raise UserError(f"{line}; what is not finite is not saved: the last checkpoint is good")
+        if not overflow and is_main_process():
+            skipped = f"{self._in_a_row[False]} in a row of {self.skips} allowed"
+            logger.warning(f"warning: {line}; step left out, {skipped}")
+        return overflow
