@@ -44,7 +44,7 @@ def flags(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def loader_rate(args: argparse.Namespace, device: torch.device) -> float:
-    transform = pretrain_transform(args.input_size, device)
+    transform = pretrain_transform(args.input_size, device, args.blur_prob)
     data = SeededDataset(open_dataset(args.data_path, train=True), transform, args.seed)
     loader = train_loader(data, args, device, transform.finish)
     for epoch in range(2):  # the first starts the processes
@@ -57,7 +57,7 @@ def loader_rate(args: argparse.Namespace, device: torch.device) -> float:
 
 
 def step_rate(options: argparse.Namespace, device: torch.device, steps: int) -> float:
-    options.compile = options.grad_checkpointing = False
+    options.grad_checkpointing = False
     step = training_step("CAN", Precision(options.precision, device), options)
     for repeats in (1, steps):  # the first warms up
         begin = time.perf_counter()

@@ -18,12 +18,12 @@ OBJECTIVES = {  # constructor arguments, mask ratio
 }
 
 
-def forward_flops(model: str, objective: str) -> int:
-    """Floating-point operations of one image's two views; a multiply-add is two."""
+def forward_flops(model: str, objective: str, side: int = 224) -> int:
+    """Floating-point operations of one image's two views, `side` pixels; a multiply-add is two."""
     parts, mask_ratio = OBJECTIVES[objective]
     with torch.device("meta"):
-        network = MODELS[model](**parts)
-        views = torch.empty(2, 3, 224, 224)
+        network = MODELS[model](img_size=side, **parts)
+        views = torch.empty(2, 3, side, side)
         with FlopCounterMode(display=False) as counter:
             network(views, mask_ratio=mask_ratio)
     return counter.get_total_flops()
