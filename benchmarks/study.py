@@ -1,0 +1,263 @@
+"""Does CAN learn better features than its parts? A sweep over this project's own scripts.
+
+    python benchmarks/study.py --data_path CIFAR10 --jobs 2
+    python benchmarks/study.py --data_path CIFAR10 --jobs 2 --what ablations
+
+`--data_path` is a folder with train/ and val/, such as an ImageFolder of CIFAR-10, or `cifar10`
+(torchvision's, downloaded). Every run is pretraining and its probes, a process each; its log is
+`benchmarks/study/NAME-SEED.json`. What has a log is not run again, and what was interrupted goes on
+where it was. `benchmarks/study_figures.py` makes tables and figures of the logs.
+
+Test images are for the final numbers alone: of each training the last epoch counts, not the best.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torchvision
+from common import ROOT, describe_machine
+from flops import forward_flops
+
+from util.args import number, seeds
+
+LOGS = ROOT / "benchmarks" / "study"
+SIZE, SIDE = "nano_patch4", 32
+PRETRAIN = "--blr 2e-3 --warmup_epochs 2 --blur_prob 0"
+SUPERVISED = "--blr 2e-3 --warmup_epochs 2 --aa '' --reprob 0 --drop_path 0 --layer_decay 1"
+SHARES = {"100": 1.0, "10": 0.1, "1": 0.01}  # of the labels, in percent
+# Settled on a random encoder and a tenth of the training images held out, before any run.
+PROBE = {
+    "100": "--blr 50 --epochs 50 --warmup_epochs 5",
+    "10": "--blr 30 --epochs 100 --warmup_epochs 10",
+    "1": "--blr 30 --epochs 200 --warmup_epochs 20",
+}
+PROBE_BATCH = {"100": 256, "10": 100, "1": 100}  # or all images, if there are fewer
+POOLS = {"cls": "--cls_token", "pooled": "--global_pool"}
+DIGITS = 5  # that logs keep
+
+
+class Run(NamedTuple):
+    """A pretraining, and how it is probed.
+
+    Args:
+        name: of its log, beside the seed.
+        flags: main_pretrain.py's; None for no pretraining.
+        flops: the objective whose forward pass counts, to train as long as CAN in these; None to
+            train as many epochs.
+        variant: what `study_variants.py` changes in the model, which no flag does.
+        processes: that share the batch.
+        shares: of the labels that linear probes get, as in `SHARES`.
+        supervised: no pretraining, but fine-tuning from random weights.
+    """
+
+    name: str
+    flags: str | None = ""
+    flops: str | None = None
+    variant: str | None = None
+    processes: int = 1
+    shares: tuple[str, ...] = ("100",)
+    supervised: bool = False
+
+
+ALL = tuple(SHARES)
+NO_CONTRAST = "--weight_mae 1 --weight_simclr 0"
+NO_RECONSTRUCTION = "--weight_mae 0 --weight_simclr 1"
+METHODS = [
+    Run("can", shares=ALL),
+    Run("mae", NO_CONTRAST, shares=ALL),
+    Run("simclr", NO_RECONSTRUCTION, shares=ALL),
+    Run("can-without-noise", "--no_noise_loss", shares=ALL),
+    Run("can-noise-as-augmentation", "--weight_noise 0", shares=ALL),
+    Run("random", None, shares=ALL),
+    Run("supervised", None, supervised=True),
+    Run("mae-equal-flops", NO_CONTRAST, "MAE", shares=ALL),
+    Run("simclr-equal-flops", NO_RECONSTRUCTION, "SimCLR", shares=ALL),
+]
+ABLATIONS = [
+    Run("can"),
+    *(Run(f"mask-{ratio}", f"--mask_ratio {ratio}") for ratio in (0.25, 0.75)),
+    *(Run(f"std-{std}", f"--std {std}") for std in (0, 0.1, 0.25)),
+    *(Run(f"simclr-{w}", f"--weight_simclr {w}") for w in (0.01, 0.1, 0.3)),
+    Run("simclr-0", "--weight_simclr 0 --noise_loss --mask_ratio 0.5"),
+    Run("local-negatives", "--local_negatives", processes=2),
+    Run("level-unscaled", variant="level=unscaled"),
+    Run("level-none", variant="level=none"),
+    Run("target-unit", variant="target=unit"),
+    Run("target-patch", variant="target=patch"),
+    Run("pool-patches", variant="pool=patches"),
+    Run("pool-cls", variant="pool=cls"),
+    Run("norm-pix", "--norm_pix_loss"),
+    *(Run(f"head-{depth}", variant=f"head={depth}") for depth in (1, 3)),
+    *(Run(f"warmup-{epochs}", f"--warmup_epochs {epochs}") for epochs in (0, 5)),
+]
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    positive = number(int, 1)
+    parser.add_argument("--data_path", required=True, help="a folder with train/, val/; or cifar10")
+    parser.add_argument("--work_dir", type=Path, default=Path("study"), help="data, checkpoints")
+    parser.add_argument("--log_dir", type=Path, default=LOGS, help="of the runs' logs")
+    parser.add_argument("--what", choices=("methods", "ablations"), default="methods")
+    parser.add_argument("--only", nargs="*", help="names of runs, if not all")
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="such as 0-2")
+    parser.add_argument("--images", type=positive, default=10_000, help="to train on")
+    parser.add_argument("--test_images", type=positive, default=5_000)
+    parser.add_argument("--epochs", type=positive, default=20, help="CAN's")
+    parser.add_argument("--batch_size", type=positive, default=256, help="of all processes")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
+    parser.add_argument("--num_workers", type=number(int, 0), default=0, help="of each run")
+    return parser
+
+
+def prepare(args: argparse.Namespace) -> dict[str, str]:
+    """Folders of links with the first images of every class, by share of the labels."""
+    source = Path(args.data_path)
+    if args.data_path == "cifar10":
+        source = args.work_dir / "cifar10"
+        for split in ("train", "val"):
+            data = torchvision.datasets.CIFAR10("data", train=split == "train", download=True)
+            for index, (image, label) in enumerate(data):
+                folder = source / split / data.classes[label]
+                folder.mkdir(parents=True, exist_ok=True)
+                image.save(folder / f"{index:05d}.png")
+    folders = {}
+    for share, part in SHARES.items():
+        folders[share] = args.work_dir / f"{args.images}-{share}"
+        for split, count in (("train", part * args.images), ("val", args.test_images)):
+            classes = sorted(folder for folder in (source / split).iterdir() if folder.is_dir())
+            for folder in classes:
+                links = folders[share] / split / folder.name
+                links.mkdir(parents=True, exist_ok=True)
+                for file in sorted(folder.iterdir())[: round(count / len(classes))]:
+                    if not (links / file.name).exists():
+                        (links / file.name).symlink_to(file.resolve())
+    return {share: str(folder) for share, folder in folders.items()}
+
+
+def equal_flops_epochs(run: Run, epochs: int) -> int:
+    """Epochs in which a run's objective takes the forward FLOPs of `epochs` of CAN."""
+    if run.flops is None:
+        return epochs
+    can, other = (forward_flops(f"mae_vit_{SIZE}", name, SIDE) for name in ("CAN", run.flops))
+    return round(epochs * can / other)
+
+
+def script(name: str, *flags: str, processes: int = 1) -> list[str]:
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
+    launcher += [f"--nproc_per_node={processes}"] if launcher else []
+    return [sys.executable, *launcher, str(ROOT / name), *itertools.chain(*map(shlex.split, flags))]
+
+
+def execute(command: list[str]) -> str:
+    """Runs a command and returns what it prints.
+
+    Raises:
+        RuntimeError: it fails; with the end of its output.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}: {(done.stdout + done.stderr)[-2000:]}")
+    return done.stdout
+
+
+def epochs_log(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{k: _rounded(v) for k, v in line.items()} for line in lines]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def log_path(run: Run, seed: int, args: argparse.Namespace) -> Path:
+    return args.log_dir / args.what / f"{run.name}-{seed}.json"
+
+
+def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str]) -> str:
+    """Trains and probes one run, and writes its log; returns a line about it."""
+    log = log_path(run, seed, args)
+    work = args.work_dir / args.what / f"{run.name}-{seed}"
+    begin = time.time()
+    common = f"--input_size {SIDE} --seed {seed} --num_workers {args.num_workers} --precision fp32"
+    epochs = equal_flops_epochs(run, args.epochs)
+    length = f"--batch_size {args.batch_size // run.processes} --epochs {epochs} --resume auto"
+    where = f"--data_path {data['100']} --output_dir {work / 'train'} {common}"
+    commands, record = [], {"name": run.name, "seed": seed, "epochs": epochs}
+
+    def launch(name: str, *flags: str, processes: int = 1) -> str:
+        commands.append(script(name, *flags, processes=processes))
+        return execute(commands[-1])
+
+    if run.supervised:
+        launch("main_finetune.py", f"--model vit_{SIZE} {where} {length} {SUPERVISED}")
+    elif run.flags is not None:
+        pretrain = f"--model mae_vit_{SIZE} {where} {length} {PRETRAIN} {run.flags}"
+        if run.variant:
+            launch("benchmarks/study_variants.py", run.variant, pretrain, processes=run.processes)
+        else:
+            launch("main_pretrain.py", pretrain, processes=run.processes)
+            analyse = f"--checkpoint {work}/train/checkpoint-last.pth --data_path {data['100']}"
+            record["analysis"] = json.loads(launch("benchmarks/study_analysis.py", analyse))
+    if (work / "train").exists():
+        record["training"] = epochs_log(work / "train")
+
+    if not run.supervised:
+        weights = "" if run.flags is None else f"--finetune {work}/train/checkpoint-last.pth"
+        record["knn"], record["probe"] = {}, {}
+        for pool, flag in POOLS.items():
+            encoder = f"--model vit_{SIZE} {weights} {flag} {common}"
+            output = launch("main_linprobe.py", f"{encoder} --data_path {data['100']} --knn")
+            record["knn"][pool] = float(re.search(r"kNN top-1 ([\d.]+)", output)[1])
+            for share in run.shares:
+                folder = work / f"probe-{pool}-{share}"
+                batch = min(PROBE_BATCH[share], int(SHARES[share] * args.images))
+                launch(
+                    "main_linprobe.py",
+                    f"{encoder} --data_path {data[share]} --output_dir {folder} --resume auto",
+                    f"--cache_features --batch_size {batch} {PROBE[share]}",
+                )
+                record["probe"][f"{pool}-{share}"] = epochs_log(folder)[-1]
+
+    record["commands"] = [shlex.join(["python", *command[1:]]) for command in commands]
+    record["images"], record["test_images"] = args.images, args.test_images
+    record["data"], record["seconds"] = Path(args.data_path).name, round(time.time() - begin)
+    record["machine"] = describe_machine(torch.device("cpu"))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(json.dumps(record, indent=1).replace(str(ROOT) + os.sep, "") + "\n")
+    return f"{run.name} {seed}: {record['seconds']} s"
+
+
+def main(args: argparse.Namespace) -> None:
+    data = prepare(args)
+    runs = METHODS if args.what == "methods" else ABLATIONS
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        wanted = [
+            pool.submit(carry_out, run, seed, args, data)
+            for seed in args.seeds
+            for run in runs
+            if (not args.only or run.name in args.only) and not log_path(run, seed, args).exists()
+        ]
+        failed = False
+        for done in concurrent.futures.as_completed(wanted):
+            failed |= done.exception() is not None
+            print(done.exception() or done.result(), flush=True)
+    if failed:
+        sys.exit("study.py: error: some runs failed, as shown above; the others have their logs")
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

@@ -1,0 +1,232 @@
+"""Tables (printed, in Markdown) and figures (benchmarks/figures/) of `study.py`'s logs.
+
+    python -m pip install matplotlib
+    python benchmarks/study_figures.py
+    python benchmarks/study_figures.py --work_dir study    # and pictures of what models do
+
+Means over seeds, with the standard error of that mean where there are two seeds or more.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from common import ROOT
+from flops import forward_flops
+from sklearn.manifold import TSNE
+from study import ABLATIONS, LOGS, METHODS, SIDE, SIZE
+from torchvision.utils import save_image
+
+from model_mae import MaskedAutoencoderViT, model_from_checkpoint
+from util.args import number
+from util.checkpoint import load
+from util.datasets import open_dataset, preview_images
+from util.visualize import reconstruction_grid
+
+FIGURES = ROOT / "benchmarks" / "figures"
+NAMES = {"can": "CAN", "mae": "MAE", "simclr": "SimCLR"}
+LEVELS = (0.0, 0.5, 1.0)  # of the noise, as shares of the largest
+FEATURE_IMAGES = 1000
+Logs = dict[str, list[dict]]  # of all seeds, by a run's name
+
+
+def read(what: str, order: list) -> Logs:
+    """In the order of the study's tables; without runs that have no log yet."""
+    logs = {run.name: sorted((LOGS / what).glob(f"{run.name}-[0-9]*.json")) for run in order}
+    return {
+        name: [json.loads(path.read_text()) for path in paths]
+        for name, paths in logs.items()
+        if paths
+    }
+
+
+def mean(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error, which is NaN for one value."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return float(np.mean(values)), float(error)
+
+
+def written(values: list[float], digits: int = 1) -> str:
+    centre, error = mean(values)
+    return f"{centre:.{digits}f}" + ("" if np.isnan(error) else f" ± {error:.{digits}f}")
+
+
+def accuracies(records: list[dict]) -> dict[str, list[float]]:
+    """Percent of the test images, by column: probes and kNN, of every seed."""
+    columns = defaultdict(list)
+    for record in records:
+        for name, probe in record.get("probe", {}).items():
+            columns[f"probe {name}"].append(probe["test_acc1"])
+        for name, value in record.get("knn", {}).items():
+            columns[f"kNN {name}"].append(value)
+        if "probe" not in record:
+            columns["fine-tuned"].append(record["training"][-1]["test_acc1"])
+    return columns
+
+
+def last(records: list[dict], name: str) -> list[float]:
+    found = (record.get("training", [{}])[-1].get(f"train_{name}") for record in records)
+    return [value for value in found if value is not None]
+
+
+def forward_total(record: dict) -> float:
+    """Forward FLOPs of the whole pretraining."""
+    objective = NAMES[record["name"].split("-")[0]]
+    flops = forward_flops(f"mae_vit_{SIZE}", objective, SIDE)
+    return flops * record["epochs"] * record["images"]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> None:
+    for row in [header, ["---"] * len(header), *rows]:
+        print("| " + " | ".join(row) + " |")
+    print()
+
+
+def tables(logs: Logs) -> None:
+    """Accuracies; then the losses at the end, and what the analysis found."""
+    columns = list(dict.fromkeys(c for records in logs.values() for c in accuracies(records)))
+    rows = []
+    for name, records in logs.items():
+        found = accuracies(records)
+        cells = [written(found[column]) if column in found else "" for column in columns]
+        rows.append([name, str(records[0]["epochs"]), str(len(records)), *cells])
+    markdown(["run", "epochs", "seeds", *columns], rows)
+
+    rows = []
+    for name, records in logs.items():
+        noise, zero = last(records, "noise"), last(records, "noise_zero")
+        ratio = [a / b for a, b in zip(noise, zero, strict=True) if b]
+        cells = [last(records, "reconstruction"), ratio, last(records, "contrastive")]
+        digits = (3, 2, 3)
+        words = [written(v, d) if v else "" for v, d in zip(cells, digits, strict=True)]
+        if any(words):
+            rows.append([name, *words])
+    markdown(["run", "reconstruction", "noise / its zero predictor", "contrastive"], rows)
+
+    rows = []
+    for name, records in logs.items():
+        found = [record["analysis"] for record in records if "analysis" in record]
+        if found:
+            keys = [("trunk_gradient", t) for t in ("reconstruction", "noise", "contrastive")]
+            keys += [("effective_rank", pool) for pool in ("cls", "pooled")]
+            cells = [[a[kind][key] for a in found if key in a[kind]] for kind, key in keys]
+            rows.append([name, *(written(v, 3 if v[0] < 1 else 1) if v else "" for v in cells)])
+    if rows:
+        header = ["run", *(f"gradient of {t}" for t in ("reconstruction", "noise", "contrastive"))]
+        markdown([*header, "rank of cls", "rank of pooled"], rows)
+
+
+def draw_accuracies(logs: Logs) -> None:
+    """Probe accuracy by method, error bars over seeds; and against forward FLOPs."""
+    logs = {name: records for name, records in logs.items() if "probe" in records[0]}
+    figure, (bars, cost) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2))
+    for shift, column in ((-0.2, "probe cls-100"), (0.2, "probe pooled-100")):
+        centres, errors = zip(*(mean(accuracies(r)[column]) for r in logs.values()), strict=True)
+        places = np.arange(len(logs)) + shift
+        bars.bar(places, centres, 0.38, yerr=errors, capsize=3, label=column[6:-4])
+    bars.set_xticks(range(len(logs)), [n.replace("-", "\n") for n in logs], fontsize=7)
+    bars.set_ylabel("linear probe, top-1 (%)")
+    bars.set_ylim(bottom=20)
+    bars.legend()
+    for name, records in logs.items():
+        if name != "random":
+            centre, error = mean(accuracies(records)["probe pooled-100"])
+            total = forward_total(records[0]) / 1e12
+            cost.errorbar(total, centre, error, fmt="o", capsize=3)
+            cost.annotate(name, (total, centre), (4, 4), textcoords="offset points", fontsize=7)
+    cost.set_xlabel("forward FLOPs of pretraining (10^12)")
+    cost.set_ylabel("linear probe on pooled features, top-1 (%)")
+    save(figure, "accuracy.png")
+
+
+def draw_losses(logs: Logs) -> None:
+    terms = ("reconstruction", "noise", "contrastive")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    for axis, term in zip(axes, terms, strict=True):
+        for name, records in logs.items():
+            lines = [line for line in records[0].get("training", []) if f"train_{term}" in line]
+            if lines:
+                epochs = [line["epoch"] + 1 for line in lines]
+                axis.plot(epochs, [line[f"train_{term}"] for line in lines], label=name)
+        axis.set_title(term)
+        axis.set_xlabel("epoch")
+        if term == "noise":
+            axis.axhline(0.05**2 / 3, color="grey", ls=":", label="predicting zero")
+        if term != "contrastive":
+            axis.set_yscale("log")
+        axis.legend(fontsize=6)
+    save(figure, "losses.png")
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    FIGURES.mkdir(exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(FIGURES / name, dpi=110)
+    plt.close(figure)
+
+
+def draw_reconstructions(checkpoint: Path, data: Path) -> None:
+    """Clean, masked, reconstructed rows at each of `LEVELS`, from no noise to the most."""
+    state = load(checkpoint)
+    model = model_from_checkpoint(state, checkpoint)
+    imgs = preview_images(open_dataset(str(data), train=False), 8, SIDE)
+    grids = []
+    for level in LEVELS:
+
+        def add_noise(imgs: torch.Tensor, level: float = level) -> tuple:
+            noise = model.std * level * torch.randn_like(imgs)
+            return imgs + noise, noise, imgs.new_full((len(imgs),), level)
+
+        model.add_noise = add_noise
+        grids.append(reconstruction_grid(model, imgs, state["args"]["mask_ratio"]))
+    save_image(torch.cat(grids, dim=1) / 255, FIGURES / "reconstructions.png")
+
+
+def draw_features(checkpoints: dict[str, Path], data: Path) -> None:
+    """t-SNE of pooled features of test images, coloured by class, a panel for each model."""
+    images = open_dataset(str(data), train=False)
+    chosen = np.linspace(0, len(images) - 1, FEATURE_IMAGES).astype(int)
+    labels = np.array(images.targets)[chosen]
+    imgs = preview_images(images, FEATURE_IMAGES, SIDE)
+    figure, axes = plt.subplots(1, len(checkpoints), figsize=(4 * len(checkpoints), 4))
+    for axis, (name, path) in zip(axes, checkpoints.items(), strict=True):
+        with torch.no_grad():
+            latent = _model(path).forward_encoder(imgs, mask_ratio=0.0)[0]
+        places = TSNE(random_state=0).fit_transform(latent[:, 1:].mean(dim=1).numpy())
+        axis.scatter(*places.T, c=labels, cmap="tab10", s=4)
+        axis.set_title(name)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    save(figure, "features.png")
+
+
+def _model(checkpoint: Path) -> MaskedAutoencoderViT:
+    return model_from_checkpoint(load(checkpoint), checkpoint).eval()
+
+
+def main(args: argparse.Namespace) -> None:
+    methods = read("methods", METHODS)
+    for logs in (methods, read("ablations", ABLATIONS)):
+        if logs:
+            tables(logs)
+    if methods:
+        draw_accuracies(methods)
+        draw_losses(methods)
+    if args.work_dir:
+        runs = args.work_dir / "methods"
+        data = next(args.work_dir.glob("*-100"))
+        paths = {title: runs / f"{name}-{args.seed}/train/checkpoint-last.pth"
+                 for name, title in NAMES.items()}  # fmt: skip
+        draw_reconstructions(paths["CAN"], data)
+        draw_features(paths, data)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work_dir", type=Path, help="study.py's, where its checkpoints are")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the pictures' models")
+    main(parser.parse_args())

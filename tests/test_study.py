@@ -1,0 +1,102 @@
+"""The study's machinery: each variant is what it says, a sweep leaves logs and is not repeated."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, fill, python
+
+import model_mae
+from model_mae import MaskedAutoencoderViT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from study_variants import VARIANTS  # the path first
+
+
+@pytest.fixture
+def variant(monkeypatch):
+    """Applies a variant, and takes it back after the test."""
+    for name in ("add_noise", "forward_projection"):
+        monkeypatch.setattr(MaskedAutoencoderViT, name, getattr(MaskedAutoencoderViT, name))
+    for name in ("NOISE_TIME_SCALE", "noise_level_embedding", "_mlp"):
+        monkeypatch.setattr(model_mae, name, getattr(model_mae, name))
+    return lambda name: VARIANTS[name]()
+
+
+def tiny() -> MaskedAutoencoderViT:
+    torch.manual_seed(0)
+    return MaskedAutoencoderViT(
+        8, 4, embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_depth=1,
+        decoder_num_heads=2, noise_loss=True,
+    )  # fmt: skip
+
+
+def test_targets_of_unit_variance(variant):
+    """The encoder sees the same noise of at most std; only what is to be predicted differs."""
+    imgs = fill((64, 3, 8, 8), 1, 1.0)
+    model = tiny()
+    torch.manual_seed(1)
+    seen, noise, level = model.add_noise(imgs)
+    for name in ("target=unit", "target=patch"):
+        variant(name)
+        torch.manual_seed(1)
+        seen_too, target, _ = model.add_noise(imgs)
+        torch.testing.assert_close(seen_too, seen)
+        expected = noise / (0.05 * level.view(-1, 1, 1, 1))
+        if name == "target=unit":
+            torch.testing.assert_close(target, expected)
+        else:
+            patches = model.patchify(target)
+            torch.testing.assert_close(patches.mean(-1), torch.zeros(64, 4), atol=1e-5, rtol=0)
+            torch.testing.assert_close(patches.std(-1), torch.ones(64, 4), atol=1e-3, rtol=0)
+
+
+def test_noise_levels_told_otherwise(variant):
+    level = torch.linspace(0.1, 1, 5)
+    told = model_mae.noise_level_embedding(level)
+    assert (told.std(dim=0) > 0.1).any()
+    variant("level=unscaled")
+    sigma = 0.05 * level  # the release embeds it as it is: the first frequency is 1
+    torch.testing.assert_close(model_mae.noise_level_embedding(level)[:, 0], sigma.sin())
+    variant("level=none")
+    assert not model_mae.noise_level_embedding(level).any()
+
+
+@pytest.mark.parametrize(("name", "rows"), [("pool=cls", [0]), ("pool=patches", [1, 2, 3])])
+def test_pooling(variant, name, rows):
+    latent = fill((2, 4, 32), 3, 1.0)
+    expected = tiny().forward_projection(latent[:, rows])
+    variant(name)
+    torch.testing.assert_close(tiny().forward_projection(latent), expected)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_depth_of_the_projection_head(variant, depth):
+    variant(f"head={depth}")
+    model = tiny()
+    linear = [layer for layer in model.projection_head if isinstance(layer, torch.nn.Linear)]
+    assert len(linear) == depth
+    assert len(model.noise_pe_mlp) == 3  # another MLP, which stays
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_logs_and_is_not_repeated(photos, tmp_path):
+    command = [
+        "benchmarks/study.py", "--data_path", photos, "--work_dir", tmp_path / "work",
+        "--log_dir", tmp_path, "--what", "ablations", "--only", "target-unit",
+        "local-negatives", "--seeds", "3", "--images", "40", "--test_images", "8", "--epochs", "3",
+        "--batch_size", "8",
+    ]  # fmt: skip
+    done = python(*map(str, command), timeout=300)
+    assert done.returncode == 0, done.stderr
+    for name in ("target-unit", "local-negatives"):
+        log = json.loads((tmp_path / "ablations" / f"{name}-3.json").read_text())
+        assert [line["epoch"] for line in log["training"]] == [0, 1, 2]
+        assert set(log["probe"]) == {"cls-100", "pooled-100"}
+        assert set(log["knn"]) == {"cls", "pooled"}
+        zero = log["training"][-1]["train_noise_zero"]
+        assert zero == pytest.approx(1.0 if name == "target-unit" else 0.05**2 / 3, rel=0.4)
+        assert ("analysis" in log) == (name != "target-unit")
+    again = python(*map(str, command))
+    assert (again.returncode, again.stdout) == (0, "")
