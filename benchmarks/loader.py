@@ -29,7 +29,7 @@ from torch.utils.data import default_collate
 
 import util.augment
 import util_contrastive
-from util.augment import BLUR_P, BLUR_SIGMA, GREY_P, JITTER_P
+from util.augment import BLUR_PROB, BLUR_SIGMA, GREY_P, JITTER_P
 from util.datasets import IMAGENET_MEAN, IMAGENET_STD, SeededDataset
 from util_contrastive import CROP_AREA, CROP_ASPECT, GaussianBlur, TwoCrops, pil_transform
 
@@ -103,7 +103,7 @@ def kornia_transform(size: int) -> Callable[[Image.Image], list[torch.Tensor]]:
         K.RandomHorizontalFlip(),
         K.ColorJiggle(0.4, 0.4, 0.4, 0.1, p=JITTER_P),
         K.RandomGrayscale(p=GREY_P),
-        K.RandomGaussianBlur((13, 13), BLUR_SIGMA, p=BLUR_P),
+        K.RandomGaussianBlur((13, 13), BLUR_SIGMA, p=BLUR_PROB),
         K.Normalize(torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)),
     )
     return lambda image: [augment(TF.to_tensor(image)[None])[0] for _ in range(2)]
