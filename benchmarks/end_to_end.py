@@ -23,6 +23,7 @@ from train_step import training_step
 
 from util.args import pretrain_parser
 from util.datasets import SeededDataset, open_dataset, train_loader
+from util.distributed import keep_freed_memory
 from util.precision import Precision
 from util_contrastive import pretrain_transform
 
@@ -81,6 +82,7 @@ def main(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)  # the loader has cores of its own
+        keep_freed_memory()  # as main_pretrain.py does
     print(describe_machine(device))
     encoded = photo(*FILES[0])
     with tempfile.TemporaryDirectory() as name:

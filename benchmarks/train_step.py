@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine_pretrain import total_loss
 from model_mae import build_model
 from util.args import pretrain_parser
+from util.distributed import keep_freed_memory
 from util.precision import Precision
 
 FLAGS = {
@@ -168,6 +169,7 @@ def main(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
+        keep_freed_memory()  # as main_pretrain.py does
     if options.batch_size is None:
         options.batch_size = 256 if device.type == "cuda" else 8
     if options.compiled is None:

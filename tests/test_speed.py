@@ -1,12 +1,14 @@
-"""What keeps a GPU busy: `--compile` compiles once, and no step of accumulation is waited for."""
+"""What keeps a processor busy: compiling once, not waiting in accumulation, using memory again."""
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partialmethod
 
 import pytest
 import torch
-from conftest import TINY, run_main
+from conftest import ROOT, TINY, run_main
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
@@ -54,3 +56,25 @@ def test_accumulated_gradients_are_not_waited_for(precision, photos, monkeypatch
     flags = [*FLAGS, "--data_path", photos, "--epochs", 1, "--output_dir", ""]
     assert run_main(main_pretrain, *flags, "--device", "cuda", "--precision", precision) == 0
     assert len(windows) == 6  # of 48 images, each second batch of 4
+
+
+def test_freed_memory_is_used_again():
+    program = """
+import resource, torch
+from util.distributed import keep_freed_memory
+
+def page_faults(block=2**28):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(block, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = page_faults()
+keep_freed_memory()
+page_faults()
+print(first, page_faults())
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    given_back, kept = map(int, result.stdout.split())
+    assert kept < 0.01 * given_back  # pages that the system had to clear
