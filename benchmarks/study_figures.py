@@ -210,9 +210,11 @@ def _model(checkpoint: Path) -> MaskedAutoencoderViT:
 
 def main(args: argparse.Namespace) -> None:
     methods = read("methods", METHODS)
-    for logs in (methods, read("ablations", ABLATIONS)):
-        if logs:
-            tables(logs)
+    ablations = read("ablations", ABLATIONS)
+    if methods:
+        tables(methods)
+    if ablations:
+        tables({"can": methods["can"]} | ablations)
     if methods:
         draw_accuracies(methods)
         draw_losses(methods)

@@ -28,7 +28,7 @@ from engine_pretrain import total_loss
 from model_mae import build_model
 from util.args import pretrain_parser
 from util.distributed import keep_freed_memory
-from util.precision import Precision
+from util.precision import Precision, choose_attention
 
 FLAGS = {
     "CAN": [],
@@ -43,8 +43,8 @@ MATMULS = 10  # in one measurement
 KINDS = {
     "AdamW": r"Optimizer\.step",
     "contrastive loss": r"_NTXent",
-    "attention": r"scaled_dot_product|flash_attention",
-    "matmul": r"::(mm|addmm|bmm|mkldnn_linear)$",
+    "attention": r"scaled_dot_product|flash_attention|bmm|softmax",
+    "matmul": r"::(mm|addmm|mkldnn_linear)$",
     "casts": r"_to_copy",
     "norm, GELU": r"layer_norm|gelu",
     "gather, copy": r"copy_|gather|scatter|cat$|index|sort|fill_",
@@ -82,6 +82,8 @@ def training_step(
     objective: str, precision: Precision, options: argparse.Namespace, compiled: bool = False
 ) -> Callable[[], None]:
     args = parse(objective, options.model)
+    if precision.device.type == "cpu":
+        choose_attention(precision.dtype)  # as main_pretrain.py does
     model = build_model(args).to(precision.device)
     model.grad_checkpointing = options.grad_checkpointing
     if compiled:

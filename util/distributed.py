@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from util.errors import Stopped, UserError
+from util.precision import choose_attention, resolve_precision
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -79,8 +80,10 @@ def _device(args: argparse.Namespace, local_rank: int) -> torch.device:
             "--device cuda: no usable GPU here (torch.cuda.is_available() is false); "
             "--device cpu trains without"
         )
+    device = torch.device("cpu")
     keep_freed_memory()
-    return torch.device("cpu")
+    choose_attention(resolve_precision(args.precision, device))
+    return device
 
 
 def keep_freed_memory() -> None:
