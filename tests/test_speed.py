@@ -58,6 +58,20 @@ def test_accumulated_gradients_are_not_waited_for(precision, photos, monkeypatch
     assert len(windows) == 6  # of 48 images, each second batch of 4
 
 
+@pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("bf16", False)])
+def test_attention_on_cpus(precision, fused, photos, monkeypatch):
+    seen = set()
+
+    def forward(self, imgs, mask_ratio, run=MaskedAutoencoderViT.forward):
+        seen.update(block.attn.fused_attn for block in self.blocks)
+        return run(self, imgs, mask_ratio)
+
+    monkeypatch.setattr(MaskedAutoencoderViT, "forward", forward)
+    flags = [*FLAGS, "--data_path", photos, "--epochs", 1, "--output_dir", ""]
+    assert run_main(main_pretrain, *flags, "--device", "cpu", "--precision", precision) == 0
+    assert seen == {fused}
+
+
 def test_freed_memory_is_used_again():
     program = """
 import resource, torch

@@ -1,0 +1,24 @@
+"""Each benchmark runs, at its smallest. What it measures is not tested."""
+
+import pytest
+from conftest import ROOT, python
+
+SMALL = "--model mae_vit_tiny_patch16 --batch_size 1 --objectives CAN"
+COMMANDS = {
+    "loader.py --profile": "torchvision's recipe",
+    f"train_step.py {SMALL} --precisions bf16": "CAN bf16",
+    f"train_step.py {SMALL} --precisions fp32 --profile": "CAN fp32",
+    "nt_xent.py --smallest 6 --largest 7 --largest_plain 6": "128",
+    "end_to_end.py --steps 2 --batch_size 2": "mae_vit_tiny_patch16",
+    "flops.py": "large_patch16    71.7  41.3   123.1          1.72",
+    "file_list.py": "100,000",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_it_runs(command):
+    name, *flags = command.split()
+    result = python(ROOT / "benchmarks" / name, *flags)
+    assert result.returncode == 0, result.stderr
+    assert COMMANDS[command] in result.stdout
