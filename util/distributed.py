@@ -4,6 +4,7 @@ One process is a group of size 1, so that nothing else has to ask.
 """
 
 import argparse
+import contextlib
 import ctypes
 import datetime
 import logging
@@ -245,6 +246,7 @@ def _fail(message: str, of_a_peer: bool = False) -> None:
         # From a loader process the line arrives at the end of that process's traceback.
         message = message.rsplit("UserError: ", 1)[-1].strip().replace("\n", "\\n")
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+    _let_others_ask()
     _leave()
 
 
@@ -260,14 +262,19 @@ def _first_to_report(of_a_peer: bool) -> bool:
     if _store_is_gone():
         return of_a_peer
     try:
-        first = _store.add("errors_reported", 1) == 1
-        if is_main_process():  # it may hold the store, and others want to ask, too
-            end = time.monotonic() + OTHERS_TIMEOUT
-            while _store.add("errors_reported", 0) < get_world_size() and time.monotonic() < end:
-                time.sleep(0.05)
-        return first
+        return _store.add("errors_reported", 1) == 1
     except RuntimeError:
         return of_a_peer
+
+
+def _let_others_ask() -> None:
+    """Rank 0, which may hold the store, stays until all ranks have asked who reports."""
+    if get_world_size() == 1 or not is_main_process() or _store_is_gone():
+        return
+    end = time.monotonic() + OTHERS_TIMEOUT
+    with contextlib.suppress(RuntimeError):  # it ends meanwhile
+        while _store.add("errors_reported", 0) < get_world_size() and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 def _store_is_gone() -> bool:
