@@ -135,7 +135,7 @@ def prepare(args: argparse.Namespace) -> dict[str, str]:
                 image.save(folder / f"{index:05d}.png")
     folders = {}
     for share, part in SHARES.items():
-        folders[share] = args.work_dir / f"{args.images}-{share}"
+        folders[share] = args.work_dir / f"{args.images}-{args.test_images}-{share}"
         for split, count in (("train", part * args.images), ("val", args.test_images)):
             classes = sorted(folder for folder in (source / split).iterdir() if folder.is_dir())
             for folder in classes:
@@ -153,6 +153,16 @@ def equal_flops_epochs(run: Run, epochs: int) -> int:
         return epochs
     can, other = (forward_flops(f"mae_vit_{SIZE}", name, SIDE) for name in ("CAN", run.flops))
     return round(epochs * can / other)
+
+
+def settings(run: Run, args: argparse.Namespace) -> dict[str, int]:
+    """What else tells two runs of a name and seed apart."""
+    return {
+        "epochs": equal_flops_epochs(run, args.epochs),
+        "images": args.images,
+        "test_images": args.test_images,
+        "batch_size": args.batch_size,
+    }
 
 
 def script(name: str, *flags: str, processes: int = 1) -> list[str]:
@@ -186,16 +196,35 @@ def log_path(run: Run, seed: int, args: argparse.Namespace) -> Path:
     return args.log_dir / args.what / f"{run.name}-{seed}.json"
 
 
+def is_done(run: Run, seed: int, args: argparse.Namespace) -> bool:
+    """Whether the run has its log.
+
+    Raises:
+        SystemExit: it has one, of other settings.
+    """
+    log = log_path(run, seed, args)
+    if not log.exists():
+        return False
+    kept = json.loads(log.read_text())
+    for name, value in settings(run, args).items():
+        if kept[name] != value:
+            sys.exit(
+                f"study.py: error: {log} is of {kept[name]} {name}, not {value}: give another"
+                " --log_dir and --work_dir, or the settings it has"
+            )
+    return True
+
+
 def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str]) -> str:
     """Trains and probes one run, and writes its log; returns a line about it."""
     log = log_path(run, seed, args)
     work = args.work_dir / args.what / f"{run.name}-{seed}"
     begin = time.time()
     common = f"--input_size {SIDE} --seed {seed} --num_workers {args.num_workers} --precision bf16"
-    epochs = equal_flops_epochs(run, args.epochs)
-    length = f"--batch_size {args.batch_size // run.processes} --epochs {epochs} --resume auto"
-    where = f"--data_path {data['100']} --output_dir {work / 'train'} {common}"
-    commands, record = [], {"name": run.name, "seed": seed, "epochs": epochs}
+    record = {"name": run.name, "seed": seed} | settings(run, args)
+    length = f"--batch_size {args.batch_size // run.processes} --epochs {record['epochs']}"
+    where = f"--data_path {data['100']} --output_dir {work / 'train'} --resume auto {common}"
+    commands = []
 
     def launch(name: str, *flags: str, processes: int = 1) -> str:
         commands.append(script(name, *flags, processes=processes))
@@ -232,7 +261,6 @@ def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str
                 record["probe"][f"{pool}-{share}"] = epochs_log(folder)[-1]
 
     record["commands"] = [shlex.join(["python", *command[1:]]) for command in commands]
-    record["images"], record["test_images"] = args.images, args.test_images
     record["data"], record["seconds"] = Path(args.data_path).name, round(time.time() - begin)
     record["machine"] = describe_machine(torch.device("cpu"))
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -243,15 +271,16 @@ def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str
 def main(args: argparse.Namespace) -> None:
     data = prepare(args)
     runs = METHODS if args.what == "methods" else ABLATIONS
+    wanted = [
+        (run, seed)
+        for seed in args.seeds
+        for run in runs
+        if (not args.only or run.name in args.only) and not is_done(run, seed, args)
+    ]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        wanted = [
-            pool.submit(carry_out, run, seed, args, data)
-            for seed in args.seeds
-            for run in runs
-            if (not args.only or run.name in args.only) and not log_path(run, seed, args).exists()
-        ]
+        started = [pool.submit(carry_out, run, seed, args, data) for run, seed in wanted]
         failed = False
-        for done in concurrent.futures.as_completed(wanted):
+        for done in concurrent.futures.as_completed(started):
             failed |= done.exception() is not None
             print(done.exception() or done.result(), flush=True)
     if failed:

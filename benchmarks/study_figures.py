@@ -189,9 +189,10 @@ def draw_reconstructions(checkpoint: Path, data: Path) -> None:
 def draw_features(checkpoints: dict[str, Path], data: Path) -> None:
     """t-SNE of pooled features of test images, coloured by class, a panel for each model."""
     images = open_dataset(str(data), train=False)
-    chosen = np.linspace(0, len(images) - 1, FEATURE_IMAGES).astype(int)
+    count = min(FEATURE_IMAGES, len(images))
+    chosen = np.linspace(0, len(images) - 1, count).astype(int)
     labels = np.array(images.targets)[chosen]
-    imgs = preview_images(images, FEATURE_IMAGES, SIDE)
+    imgs = preview_images(images, count, SIDE)
     figure, axes = plt.subplots(1, len(checkpoints), figsize=(4 * len(checkpoints), 4))
     for axis, (name, path) in zip(axes, checkpoints.items(), strict=True):
         with torch.no_grad():

@@ -100,3 +100,6 @@ def test_a_sweep_leaves_logs_and_is_not_repeated(photos, tmp_path):
         assert ("analysis" in log) == (name != "target-unit")
     again = python(*map(str, command))
     assert (again.returncode, again.stdout) == (0, "")
+    other = python(*map(str, command), "--epochs", "4")
+    assert other.returncode == 1
+    assert "is of 3 epochs, not 4" in other.stderr.splitlines()[-1]
