@@ -200,7 +200,7 @@ def fit(
     steps_per_epoch = len(train_loader) // args.accum_iter
     if is_main_process():
         describe_run(args, model, precision, steps_per_epoch)
-    log = RunLog(args, run.epoch, run.epoch * steps_per_epoch + run.step)
+    log = RunLog(args, run, steps_per_epoch)
     if args.compile:
         model.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)

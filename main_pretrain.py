@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
         describe_run(args, model, precision, steps_per_epoch)
 
     run.resume(model, optimizer=optimizer, scaler=precision.scaler)
-    log = RunLog(args, run.epoch, run.epoch * steps_per_epoch + run.step)
+    log = RunLog(args, run, steps_per_epoch)
     preview = preview_images(images, PREVIEW_IMAGES, args.input_size)
 
     model.grad_checkpointing = args.grad_checkpointing

@@ -7,6 +7,7 @@ of a second. What is done to a run (`Fault`) is patched into its processes; the 
 hooks for it. Random moments are seeded.
 """
 
+import datetime
 import json
 import multiprocessing
 import os
@@ -24,6 +25,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, free_port
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from util import checkpoint
 
@@ -104,6 +107,25 @@ def spoil_once() -> None:
     engine_pretrain.nt_xent = nt_xent
 
 
+def hang() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def impatient() -> None:
+    """Time limits of seconds, where a run has minutes."""
+    from util import distributed, interrupt
+
+    distributed.JOIN_TIMEOUT = datetime.timedelta(seconds=4)
+    distributed.STEP_TIMEOUT = interrupt.STEP_TIMEOUT = datetime.timedelta(seconds=4)
+
+
+def no_more_saving() -> None:
+    """The process ends where an epoch is to be saved, which is when all of it has been logged."""
+    from util.checkpoint import Run
+
+    Run.save = lambda *args, **kwargs: die()
+
+
 def break_down() -> None:
     from util.errors import UserError
 
@@ -161,14 +183,19 @@ def _process(flags: list[str], env: dict[str, str], out: str, patches: list) -> 
 
 
 class Fleet:
-    """The processes of one run; as a launcher would start them, or each by flags alone."""
+    """The processes of one run; as a launcher would start them, or each by flags alone.
 
-    def __init__(self, flags: list, folder: Path, ranks: int, patches=(), bare: bool = False):
+    Some may be missing, the last.
+    """
+
+    def __init__(
+        self, flags: list, folder: Path, ranks: int, patches=(), bare: bool = False, missing=0
+    ):
         folder.mkdir(exist_ok=True)
-        self.stderr = [folder / f"rank{rank}.2" for rank in range(ranks)]
+        self.stderr = [folder / f"rank{rank}.2" for rank in range(ranks - missing)]
         port = str(free_port())
         self.members = []
-        for rank in range(ranks):
+        for rank in range(ranks - missing):
             place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
             place |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             words = [str(flag) for flag in flags]
@@ -380,6 +407,95 @@ def test_a_killed_rank_ends_the_other(flags, tmp_path):
         assert statuses[1 - rank] == 1
         assert "another process of this run died or hung" in fleet.error()
         counts["killed ranks, noticed by the other"] += 1
+
+
+@pytest.mark.parametrize("place", ["training", "evaluation"])
+def test_a_rank_that_hangs_ends_the_other(place, flags, tmp_path):
+    patches = [(impatient,), (at, Fault(hang, 1, 3, rank=1))]
+    if place == "evaluation":
+        flags = [*flags, "--eval_freq", 1]
+        patches = [(impatient,), (hang_in_evaluation,)]
+    fleet = Fleet([*flags, "--output_dir", tmp_path], tmp_path, 2, patches)
+    fleet.members[0].join(GONE)
+    fleet.send(signal.SIGKILL)  # what hangs, too
+    assert fleet.wait()[0] == 1
+    assert "another process of this run died or hung" in fleet.error()
+    counts["hung ranks, noticed by the other"] += 1
+
+
+def hang_in_evaluation() -> None:
+    import util.features
+    from util.distributed import get_rank
+
+    original = util.features.polled
+
+    def polled(loader, poll):
+        for batch in original(loader, poll):
+            if get_rank() == 1:
+                hang()
+            yield batch
+
+    util.features.polled = polled
+
+
+def test_a_rank_that_never_comes_is_not_waited_for(flags, tmp_path):
+    words = [*flags, "--output_dir", tmp_path / "out"]
+    fleet = Fleet(words, tmp_path, 2, [(impatient,)], bare=True, missing=1)
+    assert fleet.wait() == [1]
+    assert "the processes cannot meet" in fleet.error()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loader_process_that_waits_for_ever_is_ended(tmp_path):
+    """As one does that reads a file from a server that is gone."""
+    for i in range(8):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    flags = ["--data_path", tmp_path, "--model", "mae_vit_nano_patch4", *TINY[2:], "--batch_size"]
+    flags += [4, "--num_workers", 1, "--epochs", 1, "--output_dir", tmp_path / "out"]
+    fleet = Fleet(flags, tmp_path / "run", 1, [(wait_for_ever, str(tmp_path / "waiting"))])
+    end = time.monotonic() + GONE
+    while not (tmp_path / "waiting").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    fleet.send(signal.SIGTERM)
+    assert fleet.wait(10) == [128 + signal.SIGTERM]
+
+
+def wait_for_ever(sign: str) -> None:
+    from util import datasets
+
+    def getitem(self, key):
+        Path(sign).touch()
+        time.sleep(1e6)
+
+    datasets.SeededDataset.__getitem__ = getitem
+
+
+def test_curves_are_neither_doubled_nor_cut(flags, tmp_path):
+    """A save within the evaluation, and an end between that epoch's points and its own save."""
+    flags = [*flags, "--eval_freq", 1, "--output_dir", tmp_path]
+    patches = [(at, Fault(no_more_saving, 1, 3)), (saving_in_evaluation,)]
+    assert Fleet(flags, tmp_path, 1, patches).wait() == [-signal.SIGKILL]
+    assert Fleet([*flags, "--resume", "auto"], tmp_path, 1).wait() == [0]
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    tags = events.Tags()
+    for tag in tags["scalars"]:
+        assert [event.step for event in events.Scalars(tag)] == [12, 24, 36], tag
+    for tag in tags["images"]:
+        assert [event.step for event in events.Images(tag)] == [12, 24, 36], tag
+
+
+def saving_in_evaluation() -> None:
+    """Saves wherever a run may, once there is no more training in the epoch."""
+    from util import features
+
+    original = features.polled
+
+    def polled(loader, poll):
+        poll.__self__._interrupts.save_interval = 0
+        return original(loader, poll)
+
+    features.polled = polled
 
 
 def test_a_problem_of_one_rank_is_one_line(flags, tmp_path):

@@ -1,5 +1,6 @@
 """What a run survives, in one process: full disks, values that are not finite, late signals."""
 
+import errno
 import json
 import math
 import os
@@ -7,10 +8,13 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, in_processes, run_main, the_error
+from PIL import Image
+from PIL.ImageFile import ImageFile
 
 import engine_finetune
 import engine_pretrain
@@ -144,7 +148,7 @@ def test_keep_last_removes_old_numbered_checkpoints_alone(flags, tmp_path):
     others = {"checkpoint-best.pth", "checkpoint-99.pth", "checkpoint-0.pth.bak", "my-0.pth"}
     for name in others:
         (out / name).touch()
-    extra = ["--save_freq", 1, "--keep_last", 2, "--epochs", 4]
+    extra = ["--save_freq", 1, "--keep_last", 2, "--epochs", 4, "--resume", "auto"]
     assert run_main(main_pretrain, *flags, *extra) == 0
     assert {p.name for p in out.glob("*pth*")} == others | {
         f"checkpoint-{name}.pth" for name in ("last", 2, 3)
@@ -182,6 +186,44 @@ def test_a_disk_that_is_full_for_an_epoch_changes_nothing(flags, tmp_path, monke
     assert "Traceback" not in err
     assert_same_run(tmp_path / "out", tmp_path / "again")
     assert not list((tmp_path / "again").glob("*.tmp"))
+
+
+def test_a_line_that_waits_for_space_outlives_a_stop(flags, tmp_path, monkeypatch):
+    """The log cannot be written for an epoch and more; the checkpoint can, and holds its line."""
+    assert run_main(main_pretrain, *flags, "--epochs", 3) == 0
+    again = [*flags, "--epochs", 3, "--output_dir", tmp_path / "again", "--resume", "auto"]
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 0, 0, lambda: patch.setattr(logs, "open", full, raising=False))
+        at_step(patch, 1, 1, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run_main(main_pretrain, *again) == 128 + signal.SIGTERM
+    assert not log_of(tmp_path / "again")
+    assert run_main(main_pretrain, *again) == 0
+    assert_same_run(tmp_path / "out", tmp_path / "again")
+
+
+def test_a_disk_that_turns_read_only_does_not_end_a_run(flags, tmp_path, monkeypatch, capsys):
+    replace, unlink = os.replace, Path.unlink
+
+    def refuse(path, original):
+        def function(name, *args, **kwargs):
+            if state["read-only"] and Path(name).name.startswith("checkpoint-"):
+                raise OSError(errno.EROFS, "Read-only file system")
+            return original(name, *args, **kwargs)
+
+        monkeypatch.setattr(*path, function)
+
+    state = {"read-only": False}
+    refuse((os, "replace"), replace)
+    refuse((Path, "unlink"), unlink)
+    at_step(monkeypatch, 0, 1, lambda: state.update({"read-only": True}))
+    at_step(monkeypatch, 1, 0, lambda: state.update({"read-only": False}))
+    assert run_main(main_pretrain, *flags, "--epochs", 2) == 0
+    assert "checkpoint-last.pth: Read-only file system; the run goes on" in capsys.readouterr().out
+    assert last(tmp_path / "out")["epoch"] == 1
 
 
 @pytest.mark.parametrize("stop", [False, True], ids=["last epoch", "stop request"])
@@ -224,6 +266,17 @@ def test_the_exact_step_and_term_are_named(steps, skips, step, flags, monkeypatc
     line = the_error(capsys.readouterr().err)
     assert "error: loss is nan, contrastive is nan, gradient norm is nan at epoch 0" in line
     assert f"step {step}, lr " in line
+
+
+def test_weights_that_an_update_spoils_are_not_saved(flags, tmp_path, capsys):
+    """One step an epoch, whose loss and gradient are fine: the second's update is not."""
+    assert run_main(main_pretrain, *flags, "--epochs", 1) == 0
+    good = (tmp_path / "out" / checkpoint.LAST).read_bytes()
+    extra = ["--epochs", 2, "--lr", 1e39, "--batch_size", 48, "--resume", "auto"]
+    capsys.readouterr()
+    assert run_main(main_pretrain, *flags, *extra) == 1
+    assert "weights are not finite after epoch 1, step 1" in the_error(capsys.readouterr().err)
+    assert (tmp_path / "out" / checkpoint.LAST).read_bytes() == good
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -334,6 +387,31 @@ def test_a_signal_before_training_stops_at_once(number, flags, tmp_path, monkeyp
     assert run_main(main_pretrain, *flags) == 128 + number
     assert f"stopped by {signal.Signals(number).name}\n" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_while_an_image_is_decoded_is_not_taken_for_garbage(flags, monkeypatch):
+    def load(self, original=ImageFile.load):
+        signal.raise_signal(signal.SIGTERM)
+        return original(self)
+
+    monkeypatch.setattr(ImageFile, "load", load)
+    assert run_main(main_pretrain, *flags, "--epochs", 1) == 128 + signal.SIGTERM
+
+
+def test_bad_images_are_counted_over_a_stop(flags, tmp_path, monkeypatch, capsys):
+    for i in range(200):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:03d}.png")
+    flags = [*flags, "--data_path", tmp_path, "--batch_size", 20, "--epochs", 1]
+    order = list(EpochSampler(range(200), 20, seed=0))
+    for place in (5, 15, 190):
+        os.truncate(tmp_path / f"{order[place][1]:03d}.png", 20)
+    with monkeypatch.context() as patch:
+        at_step(patch, 0, 4, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run_main(main_pretrain, *flags) == 128 + signal.SIGTERM
+    assert len(last(tmp_path / "out")["bad_images"]) == 2
+    capsys.readouterr()
+    assert run_main(main_pretrain, *flags, "--resume", "auto") == 1
+    assert "3 of 200 images are not readable" in the_error(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("local_id", "index"), [("1", 0), ("0", None), (None, None)])

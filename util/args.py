@@ -10,8 +10,9 @@ from collections.abc import Callable
 from util.sizes import SIZES, patch_size
 
 # timm's auto_augment strings: a name, and for the random ones numbers by letter.
+_NUMBER = r"\d{1,3}(\.\d{1,9})?"
 AUGMENTATION_POLICY = (
-    r"(v0r?|originalr?|3a)(-mstd[\d.]+)?|(rand|augmix)(-(mstd|mmax|inc|[mnwtdbap])[\d.]+)*"
+    rf"(v0r?|originalr?|3a)(-mstd{_NUMBER})?|(rand|augmix)(-(mstd|mmax|inc|[mnwtdbap]){_NUMBER})*"
 )
 
 
@@ -105,7 +106,12 @@ def common_flags() -> argparse.ArgumentParser:
     group.add_argument("--warmup_epochs", type=count, help="epochs of linear warm-up")
 
     group = parser.add_argument_group("model and data")
-    group.add_argument("--input_size", type=positive, default=224, help="image side in pixels")
+    group.add_argument(
+        "--input_size",
+        type=number(int, 1, 4096, "[]"),
+        default=224,
+        help="image side in pixels",
+    )
     group.add_argument(
         "--data_path",
         required=True,
@@ -282,6 +288,8 @@ def check_common(args: argparse.Namespace) -> None:
         )
     if args.resume == "auto" and not args.output_dir:
         raise ValueError("--resume auto needs an --output_dir to look in")
+    if args.start_epoch >= args.epochs:
+        raise ValueError(f"--start_epoch {args.start_epoch} is not below --epochs {args.epochs}")
     if args.overwrite and args.resume:
         raise ValueError("--overwrite begins anew and --resume goes on: give one of them")
     if args.log_dir is None:

@@ -1,12 +1,14 @@
 """Checkpoints: written whole or not at all, read without running what is in them."""
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import math
 import os
 import pickle
 import re
+import socket
 import stat
 import zipfile
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from util.distributed import from_rank_zero, get_world_size, host_group, is_main_process
 from util.errors import Stopped, UserError
 from util.interrupt import Interrupts, no_poll
+from util.loader import DeviceLoader
 from util.lr_sched import global_batch
 from util.misc import MetricLogger
 from util.pos_embed import interpolate_pos_embed
@@ -37,6 +40,8 @@ PARTS = {
     "optimizer": dict,
     "scaler": dict,
     "metrics": list,
+    "bad_images": list,
+    "log": list,
     "epoch": int,
     "images": int,
     "world_size": int,
@@ -46,6 +51,7 @@ PARTS = {
 }
 # Flags that make another experiment of a run, in all scripts together.
 EXPERIMENT = (
+    "seed",
     "model",
     "input_size",
     "weight_mae",
@@ -59,7 +65,10 @@ EXPERIMENT = (
     "layer_decay",
     "cache_features",
 )
+# What optimisers remember of each parameter: "step" is a number, the others have its shape.
+MEMORIES = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "LARS": {"mu"}}
 MOST_EPOCHS = 10**6  # -1 of them are done in the first
+SILENCE = 60.0  # seconds of it that end a download
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -81,7 +90,8 @@ def save(state: dict[str, Any], path: Path) -> None:
         finally:
             os.close(folder)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the disk may have turned read-only
+            temporary.unlink()
         # torch's zip writer hides what it met behind a RuntimeError of its own.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
@@ -184,7 +194,8 @@ def _download(url: str) -> Path:
     try:
         place = urlparse(url)
         name = Path(place.path).name
-        known = re.search(r"-([0-9a-f]{8,})\.", name)  # the hash that torch.hub's names carry
+        # The hash that torch.hub's names carry, or a date.
+        known = re.search(r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,})\.", name)
         # Many are namesakes.
         path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
         if not path.is_file():
@@ -192,10 +203,23 @@ def _download(url: str) -> Path:
                 raise FileNotFoundError("no such file")
             folder.mkdir(parents=True, exist_ok=True)
             logger.info(f"downloading {url} to {path}")
-            torch.hub.download_url_to_file(url, str(path), known and known[1], progress=False)
+            before = socket.getdefaulttimeout()
+            socket.setdefaulttimeout(SILENCE)
+            try:
+                torch.hub.download_url_to_file(url, str(path), known and known[1], progress=False)
+            finally:
+                socket.setdefaulttimeout(before)
     except (OSError, ValueError, RuntimeError, HTTPException) as error:
         raise UserError(f"cannot download {url}: {error}") from None  # RuntimeError: another hash
     return path
+
+
+def _exists(path: Path) -> bool:
+    """Raises UserError where that cannot be told."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def check_position(state: dict[str, Any], source: str | Path) -> None:
@@ -203,6 +227,11 @@ def check_position(state: dict[str, Any], source: str | Path) -> None:
     for name, kind in PARTS.items():
         if name in state and not isinstance(state[name], kind):
             raise UserError(f"{source} is damaged: its {name} is a {type(state[name]).__name__}")
+    if ("world_size" in state) != ("global_batch" in state) or state.get("global_batch", 1) < 1:
+        raise UserError(
+            f"{source} is damaged: its global_batch is {state.get('global_batch')}, its "
+            f"world_size {state.get('world_size')}"
+        )
     if not -1 <= state.get("epoch", 0) <= MOST_EPOCHS or state.get("images", 0) < 0:
         raise UserError(
             f"{source} is damaged: its epoch is {state.get('epoch')}, of which "
@@ -230,6 +259,34 @@ def load_model(model: nn.Module, weights: dict[str, Tensor], source: str | Path)
     """
     check_same(model.state_dict(), weights, source)
     model.load_state_dict(weights)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads what an optimiser remembers of each parameter; its settings stay those of the flags.
+
+    Raises:
+        ValueError: it remembers something else, in which its step might read or write beyond ends.
+        KeyError, TypeError, AttributeError: it is no optimiser's state at all.
+    """
+    fresh = optimizer.state_dict()["param_groups"]
+    sizes = [
+        [len(group["params"]) for group in groups] for groups in (state["param_groups"], fresh)
+    ]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"groups of {sizes[0]} parameters there, of {sizes[1]} here")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": fresh})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if set(optimizer.state) - set(parameters):
+        raise ValueError("it remembers parameters that are not there")
+    for parameter, memory in optimizer.state.items():
+        if set(memory) != MEMORIES[type(optimizer).__name__]:
+            raise ValueError(f"of a parameter it remembers {', '.join(map(str, memory))}")
+        for name, value in memory.items():
+            shape = torch.Size() if name == "step" else parameter.shape
+            if not isinstance(value, Tensor) or value.shape != shape:
+                raise ValueError(f"{name} is no tensor of its parameter's shape {list(shape)}")
+            if not (value.is_contiguous() and value.isfinite().all()):
+                raise ValueError(f"{name} is not finite, or not all there")
 
 
 def check_same(own: dict[str, Tensor], weights: dict[str, Tensor], source: str | Path) -> None:
@@ -313,7 +370,8 @@ class Run:
     on, `metrics` what each rank has measured in them. Random numbers need no state: they are a
     function of (seed, epoch, step, rank), see `util.misc.seed_all`.
 
-    `epoch` and `step` are where the run stands, `best` is the highest score so far.
+    `epoch` and `step` are where the run stands, `best` is the highest score so far;
+    `waiting` are lines of log.txt that a full disk has kept out of it.
 
     Args:
         args: output_dir ('' saves nothing), save_freq, save_interval, keep_last, epochs,
@@ -330,10 +388,13 @@ class Run:
         self.best = -math.inf
         self._interrupts = Interrupts(60 * args.save_interval)
         self._metrics: MetricLogger | None = None
+        self._loader: DeviceLoader | None = None
         self._measured: list[dict] = []  # the ranks' metrics of the epoch that is resumed
+        self._bad: set[str] = set()  # images, of the training loader's
+        self.waiting: list[str] = []
         self._resumed: dict[str, Any] | None = None
         self._source = self.folder / LAST if resume == "auto" else resume
-        if resume == "auto" and not from_rank_zero(self._source.exists):
+        if resume == "auto" and not from_rank_zero(lambda: _exists(self._source)):
             logger.info(f"no {self._source} yet: starting from the beginning")
         elif resume:
             self._resumed = load(self._source)
@@ -350,7 +411,7 @@ class Run:
         before, images = state.get("world_size"), state.get("global_batch")
         now = get_world_size()
         flags = state.get("args", {}).get("batch_size"), state.get("given_accum_iter")
-        same_flags = flags == (self.args.batch_size, self.args.accum_iter)
+        same_flags = repr(flags) == repr((self.args.batch_size, self.args.accum_iter))
         # With as many processes, other flags are meant; the same ones were adapted before.
         if before is None or (
             before == now and (not same_flags or images == global_batch(self.args))
@@ -385,24 +446,49 @@ class Run:
             if name not in state:
                 raise UserError(f"{path} cannot be resumed: it has weights, but no {name} state")
             try:
-                part.load_state_dict(state[name])
+                if isinstance(part, torch.optim.Optimizer):
+                    load_optimizer(part, state[name])
+                else:
+                    part.load_state_dict(state[name])
             except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{path} cannot be resumed: its {name} state belongs to another objective or "
                     f"precision ({str(error).splitlines()[0]})"
                 ) from None
+        if "epoch" not in state:
+            raise UserError(f"{path} cannot be resumed: it has no epoch")
         self.epoch = state["epoch"] + 1
         # In images: with another global batch, the step that they fill only in part is repeated.
         self.step = state.get("images", 0) // global_batch(self.args)
         self._measured = state.get("metrics", [])
+        self._bad = {str(name) for name in state.get("bad_images", [])}
+        self.waiting += map(str, state.get("log", []))
         self.best = state.get("best", self.best)
         logger.info(f"resumed {path}: epoch {self.epoch}, step {self.step}")
 
-    def begin_epoch(self, epoch: int, metrics: MetricLogger) -> int:
-        """The steps of this epoch that are done already; `metrics` takes up what they measured."""
-        self.epoch, self._metrics = epoch, metrics
+    def begin_epoch(
+        self, epoch: int, metrics: MetricLogger, loader: DeviceLoader, steps: int
+    ) -> int:
+        """The steps of this epoch, of `steps`, that are done already.
+
+        `metrics` takes up what they measured, and the loader which images are known to be bad.
+
+        Raises:
+            UserError: the checkpoint's are not of this epoch.
+        """
+        self.epoch, self._metrics, self._loader = epoch, metrics, loader
+        if self.step > steps:
+            raise UserError(
+                f"{self._source} cannot be resumed: {self.step} steps of the epoch are done, which "
+                f"has {steps}"
+            )
+        loader.bad |= self._bad
         if self.step and self._measured:
-            metrics.load_state_dicts(self._measured, next(self.model.parameters()).device)
+            device = next(self.model.parameters()).device
+            try:
+                metrics.load_state_dicts(self._measured, device)
+            except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError):
+                raise UserError(f"{self._source} is damaged: its metrics are not ours") from None
         self._measured = []
         return self.step
 
@@ -473,6 +559,7 @@ class Run:
         state |= {"model": self.model.state_dict(), "epoch": self.epoch - 1}
         state |= {"args": vars(self.args), "given_accum_iter": self._given_accum_iter}
         state |= {"world_size": get_world_size(), "global_batch": global_batch(self.args)}
+        state |= {"bad_images": sorted(self._loader.bad), "log": list(self.waiting)}
         failed = []
         for name in names:
             try:

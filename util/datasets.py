@@ -132,8 +132,9 @@ def open_dataset(data_path: str, train: bool, cache_dir: str = "") -> Dataset:
     root = Path(data_path)
     try:
         dataset = _open_folder(root, train, cache_dir)
-    except PermissionError as error:
-        raise UserError(f"--data_path {data_path}: {error.filename}: not readable") from None
+    except OSError as error:
+        where = "" if error.filename in (None, data_path) else f"{error.filename}: "
+        raise UserError(f"--data_path {data_path}: {where}{error.strerror}") from None
     if len(dataset) == 0:
         raise UserError(f"no images in {dataset.root}")
     return dataset
@@ -435,7 +436,7 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
     Args:
         args: input_size; for training also color_jitter, aa, reprob, remode, recount.
     Raises:
-        UserError: --aa is no policy of timm's.
+        UserError: --aa is no policy of timm's, or its numbers do not work.
     """
     if not is_train:
         return eval_transform(args.input_size)
@@ -460,6 +461,10 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
         for op in itertools.chain(getattr(step, "ops", []), *getattr(step, "policy", [])):
             if op.aug_fn is posterize:
                 op.aug_fn = _posterize
+    try:
+        transform(Image.new("RGB", (args.input_size, args.input_size)))
+    except Exception as error:  # of any class: a policy's numbers are checked where they are used
+        raise UserError(f"--aa {args.aa} does not work: {error or type(error).__name__}") from None
     return transform
 
 

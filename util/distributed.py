@@ -8,9 +8,12 @@ import contextlib
 import ctypes
 import datetime
 import logging
+import multiprocessing
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +31,8 @@ T = TypeVar("T")
 _store: dist.Store | None = None  # shared by all ranks; see _first_to_report
 _host_group: dist.ProcessGroup | None = None
 OTHERS_TIMEOUT = 1.0  # seconds that an error waits for others to meet it as well
+JOIN_TIMEOUT = datetime.timedelta(minutes=5)  # from the first process's start to the last's
+STEP_TIMEOUT = datetime.timedelta(minutes=10)  # a process that keeps others waiting longer hangs
 HOST_TIMEOUT = datetime.timedelta(hours=12)  # rank 0 may list a million files, or download them
 
 
@@ -127,8 +132,8 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
         if world_size == 1:
             _store = dist.HashStore()
         else:
-            _store, _, _ = next(dist.rendezvous(url, rank, world_size))
-    except (ValueError, RuntimeError) as error:  # RuntimeError: the network's, port in use
+            _store, _, _ = next(dist.rendezvous(url, rank, world_size, timeout=JOIN_TIMEOUT))
+    except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: the network's, port in use
         line = str(error).splitlines()[0]
         raise UserError(f"--dist_url {args.dist_url}: the processes cannot meet: {line}") from None
     # The store of a single torchrun outlives its restarts, with the addresses of those who died.
@@ -140,6 +145,7 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
         store=_store,
         rank=rank,
         world_size=world_size,
+        timeout=STEP_TIMEOUT,
     )
     _host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
     return device
@@ -223,6 +229,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
             traceback.print_exc()
             _leave()
         finally:
+            _end_loaders()
             if dist.is_initialized():
                 dist.destroy_process_group()
     except Stopped as stopped:  # also one that comes while an error is handled
@@ -237,7 +244,8 @@ def _is_of_a_peer(error: Exception) -> bool:
     """Whether a collective failed because another process did not take part in it to the end."""
     if isinstance(error, dist.DistError):  # nccl's, the store's
         return True
-    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    gloos = ("gloo/transport", "Operation timed out!")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in gloos)
 
 
 def _fail(message: str, of_a_peer: bool = False) -> None:
@@ -291,10 +299,19 @@ def _store_is_gone() -> bool:
     return False
 
 
+def _end_loaders() -> None:
+    """Ends loader processes that are left, which may be waiting for a file for ever."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would take it for an accident
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def _leave() -> None:
     """Ends this process with status 1."""
     if get_world_size() == 1:
         sys.exit(1)
+    _end_loaders()
     # Taking the group down would wait for the others; those who wait for us notice that we left.
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -74,12 +74,15 @@ def run_epoch(
     model.train()
     steps = len(loader) // args.accum_iter
     metrics = MetricLogger()
-    steps_done = run.begin_epoch(epoch, metrics)
+    steps_done = run.begin_epoch(epoch, metrics, loader, steps)
+    if steps_done == steps:  # TensorBoard begins anew with the last step: see `RunLog`
+        log.scalars(_tags(metrics.last), (epoch + 1) * steps)
     loader.sampler.set_epoch(epoch, steps_done)
     begin = time.perf_counter()
 
     def fit_to_save() -> None:
         finite.settle()
+        finite.weights(place, model)
         loader.report_bad()
 
     for index, batch in enumerate(metrics.watch(loader), start=steps_done * args.accum_iter):
@@ -118,11 +121,12 @@ def run_epoch(
             fit_to_save()
             if window := metrics.window():
                 window |= {"grad_norm": grad_norm.item(), "lr": lr}
+                metrics.last = window
                 log.scalars(_tags(window), epoch * steps + step + 1)
                 per_step = (time.perf_counter() - begin) / (step + 1 - steps_done)
                 left = per_step * ((args.epochs - epoch) * steps - step - 1)
-                place = f"epoch {epoch} [{step + 1:{len(str(steps))}}/{steps}]"
-                logger.info(console_line(place, left, words(window), window, device))
+                shown = f"epoch {epoch} [{step + 1:{len(str(steps))}}/{steps}]"
+                logger.info(console_line(shown, left, words(window), window, device))
         run.after_step(fit_to_save)
 
     # The last step's, also for a run that stopped after it and has none to make here.

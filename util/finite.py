@@ -4,7 +4,8 @@ import logging
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from util.distributed import is_main_process, mean_over_ranks
 from util.errors import UserError
@@ -49,6 +50,19 @@ class FiniteCheck:
             copied.record()
         self._pending = place, list(values), copy, copied
         return self.skips == 0 or self.settle()
+
+    def weights(self, place: str, model: nn.Module) -> None:
+        """Looks at what an update has made of a model.
+
+        Raises:
+            UserError: a weight or statistic is not finite; on all ranks.
+        """
+        tensors = [t for t in model.state_dict().values() if t.is_floating_point()]
+        if not mean_over_ranks(get_total_norm(tensors, foreach=True)).isfinite():
+            raise UserError(
+                f"weights are not finite after {place}; they are not saved: the last checkpoint is "
+                "from before"
+            )
 
     def settle(self) -> bool:
         """Reads what has not been read yet; False if that step's update must be left out.

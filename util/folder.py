@@ -1,22 +1,25 @@
 """The output folder: whether it holds a run already, and what the flags say to do about it."""
 
 import argparse
+import os
 from pathlib import Path
 
-from util.checkpoint import LAST
 from util.errors import UserError
 from util.loader import BAD_LIST
 
 # What a run leaves behind, apart from its lists of files, which stay true.
-LEFT_BEHIND = ("checkpoint-*.pth", "log.txt", "events.out.tfevents.*", BAD_LIST)
+CHECKPOINTS = "checkpoint-*.pth"
+LEFT_BEHIND = (CHECKPOINTS, "log.txt", "events.out.tfevents.*", BAD_LIST)
 
 
 def _goes_on(args: argparse.Namespace) -> bool:
     """Whether `--resume` takes up the run that output_dir holds."""
     folder = Path(args.output_dir)
-    return args.resume == "auto" or (
-        bool(args.resume) and Path(args.resume).resolve().parent == folder.resolve()
-    )
+    return args.resume == "auto" or (bool(args.resume) and _is_in(args.resume, folder))
+
+
+def _is_in(file: str, folder: Path) -> bool:
+    return os.path.dirname(os.path.realpath(file)) == os.path.realpath(folder)
 
 
 def check_folder(args: argparse.Namespace) -> None:
@@ -31,13 +34,13 @@ def check_folder(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     if args.overwrite:
         source = getattr(args, "finetune", "")
-        if source and Path(source).resolve().parent == folder.resolve():
+        if source and _is_in(source, folder):
             raise UserError(f"--overwrite would remove --finetune {source}")
         return
     try:
         # A run that ended within its first epoch leaves an empty log, and nothing to lose.
         log = folder / "log.txt"
-        found = (folder / LAST).exists() or (log.exists() and log.stat().st_size > 0)
+        found = any(folder.glob(CHECKPOINTS)) or (log.exists() and log.stat().st_size > 0)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: {error.strerror}") from None
     if found:

@@ -1,5 +1,7 @@
 """Image files: opened and decoded alike for every purpose, and told from what is none."""
 
+import os
+import stat
 import warnings
 from typing import BinaryIO
 
@@ -40,7 +42,11 @@ def open_image(file: str | BinaryIO) -> Image.Image:
         BadImage: no image, or of more pixels than Pillow decodes (179 million).
     """
     try:
+        if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
+            raise BadImage("no regular file")  # a pipe would be waited for
         return Image.open(file, formats=FORMATS)
+    except BadImage:
+        raise
     except UnidentifiedImageError:
         raise BadImage("of no known format") from None
     except Exception as error:  # of any class: Pillow's readers meet garbage unprepared

@@ -54,7 +54,13 @@ class DeviceLoader(DataLoader):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        for inputs, labels, *bad in super().__iter__():
+        try:
+            batches = super().__iter__()
+        except OSError as error:  # too many open files, no memory for another process
+            raise UserError(
+                f"--num_workers {self.num_workers}: cannot start them: {error.strerror}"
+            ) from None
+        for inputs, labels, *bad in batches:
             for names, reasons in bad:  # as `SeededDataset` has them
                 self._met |= {n: why for n, why in zip(names, reasons, strict=True) if n}
             if self.stream is None:

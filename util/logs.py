@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from util.checkpoint import Run
 from util.distributed import from_rank_zero, get_world_size, is_main_process
 from util.errors import UserError
 from util.file_list import write_lists
@@ -29,26 +30,28 @@ logger = logging.getLogger(__name__)
 class RunLog:
     """Written by rank 0 alone; nothing is written where no folder is given.
 
-    A full disk does not end the run. Lines of log.txt then wait for the next epoch; TensorBoard
-    misses what it could not write.
+    A full disk does not end the run. Lines of log.txt then wait for the next epoch, in checkpoints
+    if need be; TensorBoard misses what it could not write.
 
     Args:
         args: output_dir and log_dir, made here if need be; overwrite.
-        epoch, steps: what a resumed run begins with, and the optimiser steps done before it;
-            whatever was logged of later ones is taken back.
+        run: where a resumed run begins; whatever was logged of later steps is taken back. Where an
+            epoch's training is done, that is its last step, where its evaluation stands, too.
+        steps: of an epoch.
     Raises:
         UserError: a folder cannot be made or written to; on every rank.
     """
 
-    def __init__(self, args: argparse.Namespace, epoch: int = 0, steps: int = 0):
+    def __init__(self, args: argparse.Namespace, run: Run, steps: int):
         self.writer, self.folder, self.path = None, None, None
-        self._purge_step: int | None = steps + 1
-        self._waiting: list[str] = []
+        self._purge_step: int | None = run.epoch * steps + min(run.step + 1, steps)
+        self._waiting = run.waiting
         from_rank_zero(lambda: _make_folders(args.output_dir, args.log_dir))
         from_rank_zero(lambda: clear_folder(args))
         if args.output_dir:
             path = Path(args.output_dir) / "log.txt"
-            from_rank_zero(lambda: _cut_off(path, epoch))
+            there = from_rank_zero(lambda: _cut_off(path, run.epoch))
+            self._waiting[:] = [w for w in self._waiting if _epoch_of(w) not in there]
         if not is_main_process():
             return
         write_lists()
@@ -90,20 +93,24 @@ class RunLog:
         self._write_lines()
 
     def _write_lines(self) -> None:
-        size = self.path.stat().st_size if self.path.exists() else 0
+        """What has waited until now."""
+        if not self._waiting:
+            return
+        size = None
         try:
             with open(self.path, "a") as file:
+                size = file.tell()
                 file.writelines(self._waiting)
-            self._waiting = []
+            self._waiting.clear()
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)  # no part of a line stays
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)  # no part of a line stays
             logger.warning(f"warning: cannot write {self.path}: {error.strerror}")
 
     def close(self) -> None:
         """Writes what has waited until now."""
-        if self._waiting:
-            self._write_lines()
+        self._write_lines()
         if self.writer is not None:
             with contextlib.suppress(OSError):
                 self.writer.close()
@@ -115,14 +122,19 @@ def _excepthook(args: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(args)
 
 
-def _cut_off(path: Path, epoch: int) -> None:
-    """Takes an epoch's line and later ones off log.txt, and what a crash has left of one."""
+def _cut_off(path: Path, epoch: int) -> set[float]:
+    """Takes an epoch's line and later ones off log.txt, and what a crash has left of one.
+
+    Returns:
+        The epochs whose lines stay.
+    """
     try:
-        lines = path.read_text().splitlines() if path.exists() else []
-        text = "".join(f"{line}\n" for line in lines if _epoch_of(line) < epoch)
-        kept = path.with_name("log.txt.tmp")
-        kept.write_text(text)
-        kept.replace(path)
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        kept = {line: _epoch_of(line) for line in lines if _epoch_of(line) < epoch}
+        temporary = path.with_name("log.txt.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(path)
+        return set(kept.values())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
@@ -136,6 +148,11 @@ def _epoch_of(line: str) -> float:
 
 
 def _make_folders(*folders: str) -> None:
+    for folder in filter(None, folders):  # first of all, not to make one of two
+        there = next((p for p in [Path(folder), *Path(folder).parents] if os.path.lexists(p)), None)
+        if there is not None and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            why = "no permission" if there.is_dir() else "is a file"
+            raise UserError(f"cannot write to the folder {folder}: {there}: {why}")
     for folder in filter(None, folders):
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)

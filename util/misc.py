@@ -80,11 +80,12 @@ class MetricLogger:
     `update` only adds; `window` fetches the means since the last look, over all ranks, with one
     transfer; `epoch` gives the means over all windows. Both also hold `images_per_second` of all
     ranks and `data_wait`, the share of time spent waiting for the loader; or nothing, where there
-    was no update.
+    was no update. `last` is what was logged last, for a run that goes on from there.
     """
 
     def __init__(self):
         self._window, self._epoch = _Tally(), _Tally()
+        self.last: dict[str, float] = {}
         self._since = time.perf_counter()
 
     def watch(self, loader: Iterable) -> Iterator:
@@ -123,14 +124,16 @@ class MetricLogger:
         self._window.seconds = time.perf_counter() - self._since
         window = dict(vars(self._window))
         window["sums"] = {name: value.cpu() for name, value in window["sums"].items()}
-        return {"window": window, "epoch": dict(vars(self._epoch))}
+        return {"window": window, "epoch": dict(vars(self._epoch)), "last": self.last}
 
     def load_state_dicts(self, states: list[dict], device: torch.device) -> None:
         """Takes up where all ranks' `state_dict` were taken; other ranks share alike."""
         if len(states) == get_world_size():
             state = states[get_rank()]
         else:
-            state = {part: _share([state[part] for state in states]) for part in states[0]}
+            parts = ("window", "epoch")
+            state = {part: _share([state[part] for state in states]) for part in parts}
+        self.last = states[0]["last"]
         self._window, self._epoch = _Tally(**state["window"]), _Tally(**state["epoch"])
         self._window.sums = {k: v.to(device) for k, v in self._window.sums.items()}
         self._since = time.perf_counter() - self._window.seconds
