@@ -234,12 +234,13 @@ def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str
         launch("main_finetune.py", f"--model vit_{SIZE} {where} {length} {SUPERVISED}")
     elif run.flags is not None:
         pretrain = f"--model mae_vit_{SIZE} {where} {length} {PRETRAIN} {run.flags}"
+        analyse = f"--checkpoint {work}/train/checkpoint-last.pth --data_path {data['100']}"
         if run.variant:
             launch("benchmarks/study_variants.py", run.variant, pretrain, processes=run.processes)
+            analyse += f" --variant {run.variant}"
         else:
             launch("main_pretrain.py", pretrain, processes=run.processes)
-            analyse = f"--checkpoint {work}/train/checkpoint-last.pth --data_path {data['100']}"
-            record["analysis"] = json.loads(launch("benchmarks/study_analysis.py", analyse))
+        record["analysis"] = json.loads(launch("benchmarks/study_analysis.py", analyse))
     if (work / "train").exists():
         record["training"] = epochs_log(work / "train")
 

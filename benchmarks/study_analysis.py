@@ -16,7 +16,7 @@ from argparse import Namespace
 from collections import defaultdict
 
 import torch
-from common import ROOT  # noqa: F401 (puts the scripts on the path)
+from study_variants import VARIANTS  # puts the scripts on the path
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -97,6 +97,8 @@ def analyse(args: argparse.Namespace) -> dict:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.variant:
+        VARIANTS[args.variant]()
     print(json.dumps(analyse(args)))
 
 
@@ -104,4 +106,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="a pretraining checkpoint of ours")
     parser.add_argument("--data_path", required=True, help="a folder with train/ and val/")
+    parser.add_argument("--variant", choices=VARIANTS, help="what study_variants.py changed")
     launch(main, parser.parse_args())
