@@ -133,7 +133,7 @@ class MetricLogger:
         else:
             parts = ("window", "epoch")
             state = {part: _share([state[part] for state in states]) for part in parts}
-        self.last = states[0]["last"]
+        self.last = states[0].get("last", {})  # older checkpoints have none
         self._window, self._epoch = _Tally(**state["window"]), _Tally(**state["epoch"])
         self._window.sums = {k: v.to(device) for k, v in self._window.sums.items()}
         self._since = time.perf_counter() - self._window.seconds
