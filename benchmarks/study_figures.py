@@ -4,10 +4,14 @@
     python benchmarks/study_figures.py
     python benchmarks/study_figures.py --work_dir study    # and pictures of what models do
 
-Means over seeds, with the standard error of that mean where there are two seeds or more.
+Means over seeds, with the standard error of that mean where there are two seeds or more. Ablations
+are differences from CAN, in percent of the test images; their standard error has two parts: what
+seeds change (pooled over all runs, since few seeds tell little of their own spread), and which
+images the test happens to have. Differences beyond two standard errors are bold.
 """
 
 import argparse
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -18,10 +22,10 @@ import torch
 from common import ROOT
 from flops import forward_flops
 from sklearn.manifold import TSNE
-from study import ABLATIONS, LOGS, METHODS, SIDE, SIZE
-from torchvision.utils import save_image
+from study import ABLATIONS, LOGS, METHODS, POOLS, SIDE, SIZE
 
 from model_mae import MaskedAutoencoderViT, model_from_checkpoint
+from model_vit import build_probe
 from util.args import number
 from util.checkpoint import load
 from util.datasets import open_dataset, preview_images
@@ -29,7 +33,11 @@ from util.visualize import reconstruction_grid
 
 FIGURES = ROOT / "benchmarks" / "figures"
 NAMES = {"can": "CAN", "mae": "MAE", "simclr": "SimCLR"}
+# Share of the test images that one of two runs' probes has right and the other wrong: what
+# `disagreement` finds.
+DISAGREEMENT = 0.25
 LEVELS = (0.0, 0.5, 1.0)  # of the noise, as shares of the largest
+ROWS = ("clean", "masked", "reconstructed")  # of `reconstruction_grid`
 FEATURE_IMAGES = 1000
 Logs = dict[str, list[dict]]  # of all seeds, by a run's name
 
@@ -95,29 +103,59 @@ def tables(logs: Logs) -> None:
         cells = [written(found[column]) if column in found else "" for column in columns]
         rows.append([name, str(records[0]["epochs"]), str(len(records)), *cells])
     markdown(["run", "epochs", "seeds", *columns], rows)
+    terms_table(logs)
 
+
+def terms_table(logs: Logs) -> None:
+    """The losses at the end of training, and what they do to the encoder."""
+    header = ["reconstruction", "noise / its zero predictor", "contrastive"]
+    header += [f"gradient of {term}" for term in ("reconstruction", "noise", "contrastive")]
+    header += [f"rank of {pool}" for pool in POOLS]
     rows = []
     for name, records in logs.items():
         noise, zero = last(records, "noise"), last(records, "noise_zero")
         ratio = [a / b for a, b in zip(noise, zero, strict=True) if b]
-        cells = [last(records, "reconstruction"), ratio, last(records, "contrastive")]
-        digits = (3, 2, 3)
-        words = [written(v, d) if v else "" for v, d in zip(cells, digits, strict=True)]
+        cells = [(last(records, "reconstruction"), 3), (ratio, 2)]
+        cells += [(last(records, "contrastive"), 2)]
+        found = [record["analysis"] for record in records if "analysis" in record]
+        for term in ("reconstruction", "noise", "contrastive"):
+            norms = [analysis["trunk_gradient"].get(term) for analysis in found]
+            cells.append(([norm for norm in norms if norm is not None], 3))
+        for pool in POOLS:
+            cells.append(([analysis["effective_rank"][pool] for analysis in found], 1))
+        words = [written(values, digits) if values else "" for values, digits in cells]
         if any(words):
             rows.append([name, *words])
-    markdown(["run", "reconstruction", "noise / its zero predictor", "contrastive"], rows)
+    markdown(["run", *header], rows)
 
-    rows = []
-    for name, records in logs.items():
-        found = [record["analysis"] for record in records if "analysis" in record]
-        if found:
-            keys = [("trunk_gradient", t) for t in ("reconstruction", "noise", "contrastive")]
-            keys += [("effective_rank", pool) for pool in ("cls", "pooled")]
-            cells = [[a[kind][key] for a in found if key in a[kind]] for kind, key in keys]
-            rows.append([name, *(written(v, 3 if v[0] < 1 else 1) if v else "" for v in cells)])
-    if rows:
-        header = ["run", *(f"gradient of {t}" for t in ("reconstruction", "noise", "contrastive"))]
-        markdown([*header, "rank of cls", "rank of pooled"], rows)
+
+def seed_deviations(everything: list[list[dict]]) -> dict[str, float]:
+    """Standard deviation between seeds of each column, pooled over all runs."""
+    squares, degrees = defaultdict(float), defaultdict(int)
+    for records in everything:
+        for column, values in accuracies(records).items():
+            squares[column] += np.var(values) * len(values)
+            degrees[column] += len(values) - 1
+    return {column: (squares[column] / degrees[column]) ** 0.5 for column in squares}
+
+
+def differences(ablations: Logs, can: list[dict], deviations: dict[str, float]) -> None:
+    """Each ablation's accuracies less CAN's."""
+    base = accuracies(can)
+    columns = [column for column in base if column in accuracies(next(iter(ablations.values())))]
+    rows = [["can", str(len(can)), *(written(base[column]) for column in columns)]]
+    images = 100 * (DISAGREEMENT / can[0]["test_images"]) ** 0.5
+    for name, records in ablations.items():
+        found = accuracies(records)
+        cells = []
+        for column in columns:
+            change = mean(found[column])[0] - mean(base[column])[0]
+            seeds = deviations[column] * (1 / len(found[column]) + 1 / len(base[column])) ** 0.5
+            error = np.hypot(seeds, images)
+            bold = "**" if abs(change) > 2 * error else ""
+            cells.append(f"{bold}{change:+.1f}{bold} ± {error:.1f}")
+        rows.append([name, str(len(records)), *cells])
+    markdown(["run", "seeds", *columns], rows)
 
 
 def draw_accuracies(logs: Logs) -> None:
@@ -162,9 +200,10 @@ def draw_losses(logs: Logs) -> None:
     save(figure, "losses.png")
 
 
-def save(figure: plt.Figure, name: str) -> None:
+def save(figure: plt.Figure, name: str, bottom: float = 0) -> None:
+    """Writes a figure, with a share of its height left free at the bottom."""
     FIGURES.mkdir(exist_ok=True)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, bottom, 1, 1))
     figure.savefig(FIGURES / name, dpi=110)
     plt.close(figure)
 
@@ -183,7 +222,14 @@ def draw_reconstructions(checkpoint: Path, data: Path) -> None:
 
         model.add_noise = add_noise
         grids.append(reconstruction_grid(model, imgs, state["args"]["mask_ratio"]))
-    save_image(torch.cat(grids, dim=1) / 255, FIGURES / "reconstructions.png")
+    figure, axes = plt.subplots(len(grids), 1, figsize=(7, 2.7 * len(grids)))
+    for axis, grid, level in zip(axes, grids, LEVELS, strict=True):
+        axis.imshow(grid.permute(1, 2, 0))
+        axis.set_title(f"noise of deviation {level * model.std:g}", fontsize=9)
+        height = grid.shape[1] / 3
+        axis.set_yticks([height / 2 + height * i for i in range(3)], ROWS, fontsize=8)
+        axis.set_xticks([])
+    save(figure, "reconstructions.png")
 
 
 def draw_features(checkpoints: dict[str, Path], data: Path) -> None:
@@ -198,15 +244,33 @@ def draw_features(checkpoints: dict[str, Path], data: Path) -> None:
         with torch.no_grad():
             latent = _model(path).forward_encoder(imgs, mask_ratio=0.0)[0]
         places = TSNE(random_state=0).fit_transform(latent[:, 1:].mean(dim=1).numpy())
-        axis.scatter(*places.T, c=labels, cmap="tab10", s=4)
+        points = axis.scatter(*places.T, c=labels, cmap="tab10", s=4)
         axis.set_title(name)
         axis.set_xticks([])
         axis.set_yticks([])
-    save(figure, "features.png")
+    handles, _ = points.legend_elements()
+    figure.legend(handles, images.classes, loc="lower center", ncols=len(handles), fontsize=8)
+    save(figure, "features.png", bottom=0.08)
 
 
 def _model(checkpoint: Path) -> MaskedAutoencoderViT:
     return model_from_checkpoint(load(checkpoint), checkpoint).eval()
+
+
+def disagreement(work_dir: Path, data: Path) -> float:
+    """Of two runs' probes, how often one is right and the other wrong; mean over all pairs."""
+    images = open_dataset(str(data), train=False)
+    imgs, labels = preview_images(images, len(images), SIDE), torch.tensor(images.targets)
+    right = []
+    for path in sorted(work_dir.glob("*/*/probe-pooled-100/checkpoint-last.pth")):
+        state = load(path)
+        probe = build_probe(argparse.Namespace(**state["args"]), len(images.classes)).eval()
+        probe.load_state_dict(state["model"])
+        with torch.no_grad():
+            answers = torch.cat([probe(batch).argmax(dim=1) for batch in imgs.split(500)])
+        right.append(answers == labels)
+    pairs = itertools.combinations(right, 2)
+    return float(np.mean([(one != other).float().mean() for one, other in pairs]))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -215,7 +279,9 @@ def main(args: argparse.Namespace) -> None:
     if methods:
         tables(methods)
     if ablations:
-        tables({"can": methods["can"]} | ablations)
+        deviations = seed_deviations([*methods.values(), *ablations.values()])
+        differences(ablations, methods["can"], deviations)
+        terms_table({"can": methods["can"]} | ablations)
     if methods:
         draw_accuracies(methods)
         draw_losses(methods)
@@ -226,6 +292,8 @@ def main(args: argparse.Namespace) -> None:
                  for name, title in NAMES.items()}  # fmt: skip
         draw_reconstructions(paths["CAN"], data)
         draw_features(paths, data)
+        share = disagreement(args.work_dir, data)
+        print(f"One of two probes is right and the other wrong on {share:.0%} of test images.")
 
 
 if __name__ == "__main__":

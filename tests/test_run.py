@@ -136,8 +136,10 @@ def test_what_two_ranks_measured_is_shared_by_one():
     ranks = [MetricLogger(), MetricLogger()]
     for logger, loss in zip(ranks, (1.0, 3.0), strict=True):
         logger.update(8, loss=torch.tensor(loss))
+    states = [rank.state_dict() for rank in ranks]
+    del states[0]["last"]  # as older checkpoints are
     one = MetricLogger()
-    one.load_state_dicts([rank.state_dict() for rank in ranks], torch.device("cpu"))
+    one.load_state_dicts(states, torch.device("cpu"))
     assert one.state_dict()["window"]["images"] == 16
     assert one.window()["loss"] == 2
 
