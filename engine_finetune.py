@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from util.checkpoint import Run, load, load_encoder, load_model
+from util.checkpoint import load, load_encoder, load_model
 from util.datasets import SeededDataset, eval_loader, eval_transform, open_labelled
 from util.distributed import (
     broadcast_buffers,
@@ -30,6 +30,7 @@ from util.logs import RunLog, describe_run
 from util.lr_sched import scale_learning_rate
 from util.misc import seed_all
 from util.precision import Precision
+from util.run import Run
 
 logger = logging.getLogger(__name__)
 

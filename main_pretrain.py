@@ -20,7 +20,6 @@ from torch.utils.data import Dataset
 from engine_pretrain import train_one_epoch
 from model_mae import MaskedAutoencoderViT, build_model
 from util.args import pretrain_parser as get_args_parser
-from util.checkpoint import Run
 from util.datasets import (
     SeededDataset,
     open_dataset,
@@ -43,6 +42,7 @@ from util.logs import RunLog, describe_run
 from util.lr_sched import scale_learning_rate
 from util.misc import seed_all
 from util.precision import Precision
+from util.run import Run
 from util.visualize import PREVIEW_IMAGES, reconstruction_grid
 from util_contrastive import pretrain_transform
 

@@ -121,7 +121,7 @@ def impatient() -> None:
 
 def no_more_saving() -> None:
     """The process ends where an epoch is to be saved, which is when all of it has been logged."""
-    from util.checkpoint import Run
+    from util.run import Run
 
     Run.save = lambda *args, **kwargs: die()
 

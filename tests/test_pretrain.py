@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main_pretrain
 import util.epoch
-from util import checkpoint
+from util import checkpoint, run
 from util.interrupt import Interrupts
 from util.lr_sched import adjust_learning_rate
 
@@ -115,14 +115,14 @@ def test_resuming_after_an_epoch_equals_never_having_stopped(photos_run, tmp_pat
     flags = [*photos_run, "--epochs", 3, "--warmup_epochs", 1]
     assert run_main(main_pretrain, *flags) == 0
 
-    def stop_after_the_second(self, epoch, save=checkpoint.Run.save):
+    def stop_after_the_second(self, epoch, save=run.Run.save):
         save(self, epoch)
         if epoch == 1:
             raise KeyboardInterrupt
 
     again = [*flags, "--output_dir", tmp_path / "again", "--resume", "auto"]
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Run, "save", stop_after_the_second)
+        patch.setattr(run.Run, "save", stop_after_the_second)
         assert run_main(main_pretrain, *again) == 130
     assert run_main(main_pretrain, *again) == 0
     assert_same_run(tmp_path / "out", tmp_path / "again")
@@ -159,7 +159,7 @@ def test_a_signal_within_an_epoch_loses_nothing(number, photos_run, tmp_path, mo
 
 def test_saves_within_an_epoch_by_the_clock(photos_run, tmp_path, monkeypatch):
     saves = []
-    monkeypatch.setattr(checkpoint, "save", lambda state, path: saves.append(state.get("images")))
+    monkeypatch.setattr(run, "save", lambda state, path: saves.append(state.get("images")))
     assert run_main(main_pretrain, *photos_run, "--epochs", 1, "--save_interval", 1e-9) == 0
     assert saves == [16, 32, 48, None, None]  # each step, then checkpoint-last and checkpoint-0
 

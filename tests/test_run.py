@@ -24,6 +24,7 @@ import main_pretrain
 import util.epoch
 import util.features
 from util import checkpoint, distributed, logs
+from util import run as util_run
 from util.args import pretrain_parser
 from util.datasets import EpochSampler
 from util.errors import UserError
@@ -68,12 +69,12 @@ def at_step(monkeypatch, epoch: int, index: int, act) -> None:
     monkeypatch.setattr(util.epoch, "seed_all", seed_all)
 
 
-def run_of(tmp_path, processes: int, monkeypatch, **flags) -> checkpoint.Run:
-    monkeypatch.setattr(checkpoint, "get_world_size", lambda: processes)
+def run_of(tmp_path, processes: int, monkeypatch, **flags) -> util_run.Run:
+    monkeypatch.setattr(util_run, "get_world_size", lambda: processes)
     monkeypatch.setattr("util.lr_sched.get_world_size", lambda: processes)
     words = [f"--{name}={value}" for name, value in flags.items()]
     args = pretrain_parser().parse_args(["--data_path", "x", *words])
-    return checkpoint.Run(args, str(tmp_path / "saved.pth"))
+    return util_run.Run(args, str(tmp_path / "saved.pth"))
 
 
 @pytest.mark.parametrize(

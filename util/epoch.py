@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from util.checkpoint import Run
 from util.distributed import get_rank
 from util.finite import GRADIENT, FiniteCheck
 from util.loader import DeviceLoader
@@ -21,6 +20,7 @@ from util.logs import RunLog, console_line
 from util.lr_sched import adjust_learning_rate
 from util.misc import MetricLogger, seed_all
 from util.precision import Precision
+from util.run import Run
 
 logger = logging.getLogger(__name__)
 

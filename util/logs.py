@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from util.checkpoint import Run
 from util.distributed import from_rank_zero, get_world_size, is_main_process
 from util.errors import UserError
 from util.file_list import write_lists
 from util.folder import clear_folder
 from util.lr_sched import global_batch
 from util.precision import Precision
+from util.run import Run
 
 logger = logging.getLogger(__name__)
 
