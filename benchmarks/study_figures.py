@@ -115,6 +115,7 @@ def terms_table(logs: Logs) -> None:
     for name, records in logs.items():
         noise, zero = last(records, "noise"), last(records, "noise_zero")
         ratio = [a / b for a, b in zip(noise, zero, strict=True) if b]
+        ratio *= is_trained("noise", records)
         cells = [(last(records, "reconstruction"), 3), (ratio, 2)]
         cells += [(last(records, "contrastive"), 2)]
         found = [record["analysis"] for record in records if "analysis" in record]
@@ -161,43 +162,61 @@ def differences(ablations: Logs, can: list[dict], deviations: dict[str, float]) 
 def draw_accuracies(logs: Logs) -> None:
     """Probe accuracy by method, error bars over seeds; and against forward FLOPs."""
     logs = {name: records for name, records in logs.items() if "probe" in records[0]}
-    figure, (bars, cost) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2))
-    for shift, column in ((-0.2, "probe cls-100"), (0.2, "probe pooled-100")):
+    figure, (methods, cost) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2))
+    for column, marker in (("probe cls-100", "s"), ("probe pooled-100", "o"), ("kNN pooled", "^")):
         centres, errors = zip(*(mean(accuracies(r)[column]) for r in logs.values()), strict=True)
-        places = np.arange(len(logs)) + shift
-        bars.bar(places, centres, 0.38, yerr=errors, capsize=3, label=column[6:-4])
-    bars.set_xticks(range(len(logs)), [n.replace("-", "\n") for n in logs], fontsize=7)
-    bars.set_ylabel("linear probe, top-1 (%)")
-    bars.set_ylim(bottom=20)
-    bars.legend()
+        label = column.removesuffix("-100")
+        methods.errorbar(range(len(logs)), centres, errors, fmt=marker, capsize=4, label=label)
+    methods.set_xticks(range(len(logs)), [n.replace("-", "\n") for n in logs], fontsize=7)
+    methods.set_ylabel("top-1 (%)")
+    methods.grid(axis="y", alpha=0.3)
+    methods.legend(fontsize=8)
     for name, records in logs.items():
         if name != "random":
             centre, error = mean(accuracies(records)["probe pooled-100"])
             total = forward_total(records[0]) / 1e12
-            cost.errorbar(total, centre, error, fmt="o", capsize=3)
-            cost.annotate(name, (total, centre), (4, 4), textcoords="offset points", fontsize=7)
-    cost.set_xlabel("forward FLOPs of pretraining (10^12)")
+            cost.errorbar(total, centre, error, capsize=4, label=name, **style(name))
+    cost.set_xlabel("forward FLOPs of pretraining ($10^{12}$)")
     cost.set_ylabel("linear probe on pooled features, top-1 (%)")
+    cost.grid(alpha=0.3)
+    cost.legend(fontsize=7, loc="lower right")
     save(figure, "accuracy.png")
 
 
+def style(name: str) -> dict[str, str]:
+    """One colour for each method; its training to equal FLOPs has another marker and dashes."""
+    names = [run.name for run in METHODS if run.flops is None]
+    method = name.removesuffix("-equal-flops")
+    other = method != name
+    return {"color": f"C{names.index(method)}", "fmt": "D--" if other else "o-"}
+
+
 def draw_losses(logs: Logs) -> None:
+    """Mean over seeds of each term's loss by epoch, where it is trained."""
     terms = ("reconstruction", "noise", "contrastive")
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
     for axis, term in zip(axes, terms, strict=True):
         for name, records in logs.items():
-            lines = [line for line in records[0].get("training", []) if f"train_{term}" in line]
-            if lines:
-                epochs = [line["epoch"] + 1 for line in lines]
-                axis.plot(epochs, [line[f"train_{term}"] for line in lines], label=name)
+            curves = [[e.get(f"train_{term}") for e in r.get("training", [])] for r in records]
+            if any(curves) and curves[0][0] is not None and is_trained(term, records):
+                look = style(name)
+                dashes = look["fmt"][1:]
+                epochs = range(1, len(curves[0]) + 1)
+                axis.plot(epochs, np.mean(curves, 0), dashes, color=look["color"], label=name)
         axis.set_title(term)
         axis.set_xlabel("epoch")
         if term == "noise":
             axis.axhline(0.05**2 / 3, color="grey", ls=":", label="predicting zero")
         if term != "contrastive":
             axis.set_yscale("log")
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=7)
     save(figure, "losses.png")
+
+
+def is_trained(term: str, records: list[dict]) -> bool:
+    """False where a term was computed, but its weight is 0."""
+    gradients = [r.get("analysis", {}).get("trunk_gradient", {}) for r in records]
+    return not any(gradient.get(term) == 0 for gradient in gradients)
 
 
 def save(figure: plt.Figure, name: str, bottom: float = 0) -> None:
