@@ -1,12 +1,12 @@
 """Does CAN learn better features than its parts? A sweep over this project's own scripts.
 
-    python benchmarks/study.py --data_path CIFAR10 --jobs 2
-    python benchmarks/study.py --data_path CIFAR10 --jobs 2 --what ablations
+    python benchmarks/study.py --data_path CIFAR10 --log_dir logs --jobs 2
+    python benchmarks/study.py --data_path CIFAR10 --log_dir logs --jobs 2 --what ablations
 
 `--data_path` is a folder with train/ and val/, such as an ImageFolder of CIFAR-10, or `cifar10`
-(torchvision's, downloaded). Every run is pretraining and its probes, a process each; its log is
-`benchmarks/study/NAME-SEED.json`. What has a log is not run again, and what was interrupted goes on
-where it was. `benchmarks/study_figures.py` makes tables and figures of the logs.
+(torchvision's, downloaded). Every run is pretraining and its probes, a process each, on the GPU if
+there is one; its log is LOGS/WHAT/NAME-SEED.json. What has a log is not run again, and what was
+interrupted goes on where it was. `study_tables.py` and `study_figures.py` show what the logs say.
 
 Test images are for the final numbers alone: of each training the last epoch counts, not the best.
 """
@@ -24,15 +24,22 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torchvision
 from common import ROOT, describe_machine
 from flops import forward_flops
+from torch.utils.data import DataLoader
 
+from model_vit import build_probe
 from util.args import number, seeds
+from util.checkpoint import LAST, load
+from util.datasets import SeededDataset, eval_transform, open_dataset
+from util.sizes import SIZES
 
 LOGS = ROOT / "benchmarks" / "study"
-SIZE, SIDE = "nano_patch4", 32
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as the scripts choose it
+SIDE = 32  # of the images, in pixels
 PRETRAIN = "--blr 2e-3 --warmup_epochs 2 --blur_prob 0"
 SUPERVISED = "--blr 2e-3 --warmup_epochs 2 --aa '' --reprob 0 --drop_path 0 --layer_decay 1"
 SHARES = {"100": 1.0, "10": 0.1, "1": 0.01}  # of the labels, in percent
@@ -84,12 +91,14 @@ METHODS = [
     Run("mae-equal-flops", NO_CONTRAST, "MAE", shares=ALL),
     Run("simclr-equal-flops", NO_RECONSTRUCTION, "SimCLR", shares=ALL),
 ]
-ABLATIONS = [  # each differs in one thing from METHODS' can
+ABLATIONS = [  # each differs in one thing from METHODS' can; the first in none
+    Run("again"),
     *(Run(f"mask-{ratio}", f"--mask_ratio {ratio}") for ratio in (0.25, 0.75)),
     *(Run(f"std-{std}", f"--std {std}") for std in (0, 0.1, 0.25)),
     *(Run(f"simclr-{w}", f"--weight_simclr {w}") for w in (0.01, 0.1, 0.3)),
     Run("simclr-0", "--weight_simclr 0 --noise_loss --mask_ratio 0.5"),
     Run("local-negatives", "--local_negatives", processes=2),
+    Run("no-noise", "--no_noise_loss --weight_mae 0.679"),  # what reconstruction weighs with noise
     Run("level-unscaled", variant="level=unscaled"),
     Run("level-none", variant="level=none"),
     Run("target-unit", variant="target=unit"),
@@ -112,6 +121,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--log_dir", type=Path, default=LOGS, help="of the runs' logs")
     parser.add_argument("--what", choices=("methods", "ablations"), default="methods")
     parser.add_argument("--only", nargs="*", help="names of runs, if not all")
+    parser.add_argument("--size", choices=SIZES, default="nano_patch4", help="of the model")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="such as 0-2")
     parser.add_argument("--images", type=positive, default=10_000, help="to train on")
     parser.add_argument("--test_images", type=positive, default=5_000)
@@ -129,13 +139,14 @@ def prepare(args: argparse.Namespace) -> dict[str, str]:
         source = args.work_dir / "cifar10"
         for split in ("train", "val"):
             data = torchvision.datasets.CIFAR10("data", train=split == "train", download=True)
-            for index, (image, label) in enumerate(data):
-                folder = source / split / data.classes[label]
-                folder.mkdir(parents=True, exist_ok=True)
-                image.save(folder / f"{index:05d}.png")
+            for index, label in enumerate(data.targets):
+                file = source / split / data.classes[label] / f"{index:05d}.png"
+                if not file.exists():
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    data[index][0].save(file)
     folders = {}
     for share, part in SHARES.items():
-        folders[share] = args.work_dir / f"{args.images}-{args.test_images}-{share}"
+        folders[share] = data_folder(args.work_dir, args.images, args.test_images, share)
         for split, count in (("train", part * args.images), ("val", args.test_images)):
             classes = sorted(folder for folder in (source / split).iterdir() if folder.is_dir())
             for folder in classes:
@@ -147,18 +158,23 @@ def prepare(args: argparse.Namespace) -> dict[str, str]:
     return {share: str(folder) for share, folder in folders.items()}
 
 
-def equal_flops_epochs(run: Run, epochs: int) -> int:
+def data_folder(work_dir: Path, images: int, test_images: int, share: str = "100") -> Path:
+    return work_dir / f"{images}-{test_images}-{share}"
+
+
+def equal_flops_epochs(run: Run, epochs: int, size: str) -> int:
     """Epochs in which a run's objective takes the forward FLOPs of `epochs` of CAN."""
     if run.flops is None:
         return epochs
-    can, other = (forward_flops(f"mae_vit_{SIZE}", name, SIDE) for name in ("CAN", run.flops))
+    can, other = (forward_flops(f"mae_vit_{size}", name, SIDE) for name in ("CAN", run.flops))
     return round(epochs * can / other)
 
 
-def settings(run: Run, args: argparse.Namespace) -> dict[str, int]:
+def settings(run: Run, args: argparse.Namespace) -> dict[str, int | str]:
     """What else tells two runs of a name and seed apart."""
     return {
-        "epochs": equal_flops_epochs(run, args.epochs),
+        "size": args.size,
+        "epochs": equal_flops_epochs(run, args.epochs, args.size),
         "images": args.images,
         "test_images": args.test_images,
         "batch_size": args.batch_size,
@@ -192,6 +208,20 @@ def _rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
+@torch.no_grad()
+def right_answers(probe: Path, data_path: str) -> str:
+    """Which test images a linear probe has right: a bit for each, in the folder's order, in hex."""
+    state = load(probe)
+    flags = argparse.Namespace(**state["args"])
+    images = open_dataset(data_path, train=False)
+    model = build_probe(flags, len(images.classes)).eval()
+    model.load_state_dict(state["model"])
+    data = SeededDataset(images, eval_transform(SIDE), flags.seed)
+    loader = DataLoader(data, 500, sampler=[(0, index) for index in range(len(data))])
+    right = [model(imgs).argmax(dim=1) == labels for imgs, labels, _ in loader]
+    return np.packbits(torch.cat(right)).tobytes().hex()
+
+
 def log_path(run: Run, seed: int, args: argparse.Namespace) -> Path:
     return args.log_dir / args.what / f"{run.name}-{seed}.json"
 
@@ -209,7 +239,7 @@ def is_done(run: Run, seed: int, args: argparse.Namespace) -> bool:
     for name, value in settings(run, args).items():
         if kept[name] != value:
             sys.exit(
-                f"study.py: error: {log} is of {kept[name]} {name}, not {value}: give another"
+                f"study.py: error: {log} has {name} {kept[name]}, not {value}: give another"
                 " --log_dir and --work_dir, or the settings it has"
             )
     return True
@@ -231,9 +261,9 @@ def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str
         return execute(commands[-1])
 
     if run.supervised:
-        launch("main_finetune.py", f"--model vit_{SIZE} {where} {length} {SUPERVISED}")
+        launch("main_finetune.py", f"--model vit_{args.size} {where} {length} {SUPERVISED}")
     elif run.flags is not None:
-        pretrain = f"--model mae_vit_{SIZE} {where} {length} {PRETRAIN} {run.flags}"
+        pretrain = f"--model mae_vit_{args.size} {where} {length} {PRETRAIN} {run.flags}"
         analyse = f"--checkpoint {work}/train/checkpoint-last.pth --data_path {data['100']}"
         if run.variant:
             launch("benchmarks/study_variants.py", run.variant, pretrain, processes=run.processes)
@@ -246,9 +276,9 @@ def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str
 
     if not run.supervised:
         weights = "" if run.flags is None else f"--finetune {work}/train/checkpoint-last.pth"
-        record["knn"], record["probe"] = {}, {}
+        record |= {"knn": {}, "probe": {}, "right": {}}
         for pool, flag in POOLS.items():
-            encoder = f"--model vit_{SIZE} {weights} {flag} {common}"
+            encoder = f"--model vit_{args.size} {weights} {flag} {common}"
             output = launch("main_linprobe.py", f"{encoder} --data_path {data['100']} --knn")
             record["knn"][pool] = float(re.search(r"kNN top-1 ([\d.]+)", output)[1])
             for share in run.shares:
@@ -260,12 +290,16 @@ def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str
                     f"--cache_features --batch_size {batch} {PROBE[share]}",
                 )
                 record["probe"][f"{pool}-{share}"] = epochs_log(folder)[-1]
+            probe = work / f"probe-{pool}-100" / LAST
+            record["right"][pool] = right_answers(probe, data["100"])
 
     record["commands"] = [shlex.join(["python", *command[1:]]) for command in commands]
     record["data"], record["seconds"] = Path(args.data_path).name, round(time.time() - begin)
-    record["machine"] = describe_machine(torch.device("cpu"))
+    record["machine"] = describe_machine(DEVICE)
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(json.dumps(record, indent=1).replace(str(ROOT) + os.sep, "") + "\n")
+    temporary = log.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1).replace(str(ROOT) + os.sep, "") + "\n")
+    temporary.replace(log)
     return f"{run.name} {seed}: {record['seconds']} s"
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/study_analysis.py --checkpoint CHECKPOINT --data_path IMAGES
 
-- `trunk_gradient`: norm of each weighted term's gradient on the encoder's blocks.
+- `trunk_gradient`: norm of each weighted term's gradient on the encoder's blocks, of a batch of one
+  process: its negatives are the run's own where that had one process, or local negatives.
 - `cosine`: between the gradients of two terms.
 - `effective_rank` of features of whole validation images: exp of the entropy of their centred
   singular values (Roy & Vetterli 2007); at most the encoder's width.
@@ -32,9 +33,9 @@ BATCH, BATCHES = 256, 4
 FEATURE_IMAGES = 7 * BATCH
 
 
-def batches(data: Dataset) -> DataLoader:
+def batches(data: Dataset, size: int = BATCH) -> DataLoader:
     """In a random order, which `seed_all` settles."""
-    return DataLoader(data, BATCH, sampler=[(0, i) for i in torch.randperm(len(data)).tolist()])
+    return DataLoader(data, size, sampler=[(0, i) for i in torch.randperm(len(data)).tolist()])
 
 
 def trunk_gradients(model: MaskedAutoencoderViT, views: Tensor, flags: Namespace) -> dict:
@@ -70,7 +71,7 @@ def analyse(args: argparse.Namespace) -> dict:
 
     images = open_dataset(args.data_path, train=True)
     transform = pretrain_transform(flags.input_size, blur_prob=flags.blur_prob)
-    data = batches(SeededDataset(images, transform, flags.seed))
+    data = batches(SeededDataset(images, transform, flags.seed), flags.batch_size)
     for views, *_ in itertools.islice(data, BATCHES):
         gradients = trunk_gradients(model, torch.cat(views), flags)
         for name, gradient in gradients.items():

@@ -1,5 +1,7 @@
 """main_pretrain.py with one change to the model that no flag makes; `study.py` runs it.
 
+For encoders narrower or wider than 128, which is how `head=` tells its layers from others.
+
 python benchmarks/study_variants.py target=unit --data_path IMAGES ...
 """
 

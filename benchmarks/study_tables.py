@@ -1,0 +1,199 @@
+"""Tables of `study.py`'s logs, in Markdown.
+
+    python benchmarks/study_tables.py
+
+Absolute numbers are means over seeds, with the standard error of that mean where there are two
+seeds or more. Differences from CAN have a standard error of two parts:
+
+- seeds: their deviation, pooled over all runs, since few seeds tell little of their own spread;
+- test images: two kinds of run differ more on some images than on others, so that other images
+  would give another difference. Beyond what seeds change anyway, that is the share of images on
+  which one of two runs of different kinds is right and the other wrong, less the same share for two
+  seeds of one kind.
+
+Differences beyond two standard errors are *italic*, beyond three **bold**. Of twenty differences
+that are none, one is italic by chance.
+"""
+
+import argparse
+import itertools
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from study import ABLATIONS, LOGS, METHODS, POOLS, Run
+
+TERMS = ("reconstruction", "noise", "contrastive")
+MAIN_READOUTS = ("probe cls-100", "probe pooled-100", "kNN cls", "kNN pooled")
+Logs = dict[str, list[dict]]  # of all seeds, by a run's name
+
+
+def read(folder: Path, order: list[Run]) -> Logs:
+    """In the order of the study's tables; without runs that have no log yet."""
+    logs = {run.name: sorted(folder.glob(f"{run.name}-[0-9]*.json")) for run in order}
+    return {
+        name: [json.loads(path.read_text()) for path in paths]
+        for name, paths in logs.items()
+        if paths
+    }
+
+
+def mean(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error, which is NaN for one value."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return float(np.mean(values)), float(error)
+
+
+def written(values: list[float], digits: int = 1) -> str:
+    if not values:
+        return ""
+    centre, error = mean(values)
+    return f"{centre:.{digits}f}" + ("" if np.isnan(error) else f" ± {error:.{digits}f}")
+
+
+def accuracies(records: list[dict]) -> dict[str, list[float]]:
+    """Percent of the test images, by readout: probes and kNN, of every seed."""
+    columns = defaultdict(list)
+    for record in records:
+        for name, probe in record.get("probe", {}).items():
+            columns[f"probe {name}"].append(probe["test_acc1"])
+        for name, value in record.get("knn", {}).items():
+            columns[f"kNN {name}"].append(value)
+        if "probe" not in record:
+            columns["fine-tuned"].append(record["training"][-1]["test_acc1"])
+    return dict(columns)
+
+
+def last(records: list[dict], name: str) -> list[float]:
+    """A training metric after the last epoch, of every seed that has it."""
+    found = (record.get("training", [{}])[-1].get(f"train_{name}") for record in records)
+    return [value for value in found if value is not None]
+
+
+def is_trained(term: str, records: list[dict]) -> bool:
+    """False where a term was computed, but its weight is 0."""
+    gradients = [r.get("analysis", {}).get("trunk_gradient", {}) for r in records]
+    return not any(gradient.get(term) == 0 for gradient in gradients)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> None:
+    for row in [header, ["---"] * len(header), *rows]:
+        print("| " + " | ".join(row) + " |")
+    print()
+
+
+def accuracy_table(logs: Logs) -> None:
+    found = {name: accuracies(records) for name, records in logs.items()}
+    columns = list(dict.fromkeys(column for values in found.values() for column in values))
+    rows = []
+    for name, records in logs.items():
+        epochs = str(records[0]["epochs"]) if "training" in records[0] else ""
+        cells = [written(found[name].get(column, [])) for column in columns]
+        rows.append([name, epochs, str(len(records)), *cells])
+    markdown(["run", "epochs", "seeds", *columns], rows)
+
+
+def terms_table(logs: Logs) -> None:
+    """The losses at the end of training, and what they do to the encoder."""
+    header = ["reconstruction", "noise / its zero predictor", "contrastive"]
+    header += [f"gradient of {term}" for term in TERMS] + [f"rank of {pool}" for pool in POOLS]
+    rows = []
+    for name, records in logs.items():
+        noise, zero = last(records, "noise"), last(records, "noise_zero")
+        ratio = [a / b for a, b in zip(noise, zero, strict=True) if b]
+        if not is_trained("noise", records):
+            ratio = []
+        cells = [written(last(records, "reconstruction"), 3), written(ratio, 2)]
+        cells.append(written(last(records, "contrastive"), 2))
+        found = [record["analysis"] for record in records if "analysis" in record]
+        for term in TERMS:
+            norms = [analysis["trunk_gradient"].get(term) for analysis in found]
+            cells.append(written([norm for norm in norms if norm], 3))
+        for pool in POOLS:
+            cells.append(written([analysis["effective_rank"][pool] for analysis in found]))
+        if any(cells):
+            rows.append([name, *cells])
+    markdown(["run", *header], rows)
+
+
+def seed_deviations(runs: list[list[dict]]) -> dict[str, float]:
+    """Standard deviation between seeds of each readout, pooled over all runs of several seeds."""
+    squares, degrees = defaultdict(float), defaultdict(int)
+    for records in runs:
+        for column, values in accuracies(records).items():
+            if len(values) > 1:
+                squares[column] += np.var(values) * len(values)
+                degrees[column] += len(values) - 1
+    return {column: (squares[column] / degrees[column]) ** 0.5 for column in squares}
+
+
+def disagreements(logs: Logs, pool: str = "pooled") -> tuple[float, float]:
+    """Shares of the test images that one of two probes has right and the other wrong.
+
+    Returns:
+        Mean over pairs of runs of different kinds, and over pairs of seeds of one kind (0 where
+        there is no such pair: then all of the first counts).
+    """
+    bits = [
+        (name, np.unpackbits(np.frombuffer(bytes.fromhex(r["right"][pool]), np.uint8)), r)
+        for name, records in logs.items()
+        for r in records
+        if "right" in r
+    ]
+    shares = {True: [], False: []}
+    for (name, one, record), (other, two, _) in itertools.combinations(bits, 2):
+        shares[name == other].append((one != two).sum() / record["test_images"])
+    between, within = (float(np.mean(shares[same])) if shares[same] else 0.0 for same in (0, 1))
+    return between, within
+
+
+def images_error(logs: Logs, test_images: int) -> float:
+    """The second part of a difference's standard error, in percent; see the top of this file."""
+    between, within = disagreements(logs)
+    return 100 * (max(between - within, 0.0) / test_images) ** 0.5
+
+
+def differences(logs: Logs, can: list[dict], deviations: dict[str, float], images: float) -> None:
+    """Each run's accuracies less CAN's, with standard errors: `deviations` and `images`."""
+    base = accuracies(can)
+    rows = [["can", str(len(can)), *(written(base[column]) for column in MAIN_READOUTS)]]
+    for name, records in logs.items():
+        found, cells = accuracies(records), []
+        for column in MAIN_READOUTS:
+            change = np.mean(found[column]) - np.mean(base[column])
+            counts = len(found[column]), len(base[column])
+            seeds = deviations[column] * sum(1 / count for count in counts) ** 0.5
+            error = np.hypot(seeds, images)
+            mark = "*" * min(2, max(0, int(abs(change) / error) - 1))
+            cells.append(f"{mark}{change:+.1f}{mark} ± {error:.1f}")
+        rows.append([name, str(len(records)), *cells])
+    markdown(["less CAN", "seeds", *MAIN_READOUTS], rows)
+
+
+def main(args: argparse.Namespace) -> None:
+    methods = read(args.log_dir / "methods", METHODS)
+    ablations = read(args.log_dir / "ablations", ABLATIONS)
+    can = methods["can"]
+    deviations = seed_deviations([*methods.values(), *ablations.values()])
+    images = images_error(ablations, can[0]["test_images"])
+    between, within = disagreements(ablations)
+    print(f"Right and wrong: {between:.3f} of the test images between runs, {within:.3f} between")
+    print(f"seeds; error of a difference from the choice of images: {images:.2f} points\n")
+    accuracy_table(methods)
+    others = {name: r for name, r in methods.items() if name != "can" and "probe" in r[0]}
+    differences(others, can, deviations, images)
+    terms_table(methods)
+    if ablations:
+        differences(ablations, can, deviations, images)
+        terms_table({"can": can} | ablations)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--log_dir", type=Path, default=LOGS, help="study.py's")
+    return parser
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())
