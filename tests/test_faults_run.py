@@ -113,10 +113,9 @@ def hang() -> None:
 
 def impatient() -> None:
     """Time limits of seconds, where a run has minutes."""
-    from util import distributed, interrupt
+    from util import distributed
 
-    distributed.JOIN_TIMEOUT = datetime.timedelta(seconds=4)
-    distributed.STEP_TIMEOUT = interrupt.STEP_TIMEOUT = datetime.timedelta(seconds=4)
+    distributed.JOIN_TIMEOUT = distributed.STEP_TIMEOUT = datetime.timedelta(seconds=4)
 
 
 def no_more_saving() -> None:

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fill, python
@@ -11,7 +12,11 @@ import model_mae
 from model_mae import MaskedAutoencoderViT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from study_variants import VARIANTS  # the path first
+from flops import forward_flops  # the path first
+from study import METHODS, equal_flops_epochs
+from study_analysis import effective_rank
+from study_tables import differences, disagreements, images_error, seed_deviations
+from study_variants import VARIANTS
 
 
 @pytest.fixture
@@ -80,6 +85,56 @@ def test_depth_of_the_projection_head(variant, depth):
     assert len(model.noise_pe_mlp) == 3  # another MLP, which stays
 
 
+def record(name: str, seed: int, accuracy: float, right: list[int]) -> dict:
+    """A log with the same accuracy in all readouts."""
+    probe = {f"{pool}-100": {"test_acc1": accuracy} for pool in ("cls", "pooled")}
+    bits = np.packbits(np.array(right, np.uint8)).tobytes().hex()
+    return {
+        "name": name, "seed": seed, "test_images": len(right), "probe": probe,
+        "knn": {"cls": accuracy, "pooled": accuracy}, "right": {"pooled": bits},
+    }  # fmt: skip
+
+
+def test_deviations_between_seeds_are_pooled():
+    """Two runs of deviations 1 and 3 with one degree of freedom each; one seed alone has none."""
+    runs = [[50 - 0.5**0.5, 50 + 0.5**0.5], [60 - 4.5**0.5, 60 + 4.5**0.5], [99.0]]
+    logs = [[record("x", i, value, [1]) for i, value in enumerate(run)] for run in runs]
+    assert seed_deviations(logs)["kNN pooled"] == pytest.approx(5**0.5)
+
+
+def test_disagreement_between_runs_and_between_seeds():
+    a, b, c = [1, 1, 0, 0, 1], [1, 0, 0, 0, 1], [0, 0, 1, 0, 1]  # five images: no whole byte
+    logs = {"x": [record("x", 0, 0, a), record("x", 1, 0, b)], "y": [record("y", 0, 0, c)]}
+    between, within = disagreements(logs)
+    assert (between, within) == (pytest.approx((3 + 2) / 2 / 5), pytest.approx(1 / 5))
+    assert images_error(logs, 5) == pytest.approx(100 * (0.3 / 5) ** 0.5)
+    assert disagreements({"x": logs["x"]}) == (0, pytest.approx(1 / 5))
+
+
+@pytest.mark.parametrize(("change", "shown"), [(1.9, "+1.9"), (-2.1, "*-2.1*"), (3.1, "**+3.1**")])
+def test_differences_are_marked_beyond_two_and_three_errors(change, shown, capsys):
+    can = [record("can", seed, 50.0, [1]) for seed in range(3)]
+    columns = ("probe cls-100", "probe pooled-100", "kNN cls", "kNN pooled")
+    deviations = dict.fromkeys(columns, 0.6 / (1 + 1 / 3) ** 0.5)  # one seed against three
+    differences({"x": [record("x", 0, 50 + change, [1])]}, can, deviations, images=0.8)
+    assert capsys.readouterr().out.splitlines()[3] == "| x | 1 |" + f" {shown} ± 1.0 |" * 4
+
+
+def test_epochs_of_equal_flops():
+    """At the study's size CAN's 20 epochs are MAE's 33 and SimCLR's 12, within 2 %."""
+    epochs = {run.name: equal_flops_epochs(run, 20, "nano_patch4") for run in METHODS}
+    assert epochs["can"] == epochs["mae"] == epochs["simclr"] == 20
+    for name, objective in (("mae-equal-flops", "MAE"), ("simclr-equal-flops", "SimCLR")):
+        can, other = (forward_flops("mae_vit_nano_patch4", o, 32) for o in ("CAN", objective))
+        assert epochs[name] * other == pytest.approx(20 * can, rel=0.02)
+
+
+def test_effective_rank():
+    """Of features spread evenly over three directions of eight, three."""
+    directions = torch.eye(8)[:3]
+    assert effective_rank(torch.cat([directions, -directions])) == pytest.approx(3, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_a_sweep_leaves_logs_and_is_not_repeated(photos, tmp_path):
     command = [
@@ -95,6 +150,8 @@ def test_a_sweep_leaves_logs_and_is_not_repeated(photos, tmp_path):
         assert [line["epoch"] for line in log["training"]] == [0, 1, 2]
         assert set(log["probe"]) == {"cls-100", "pooled-100"}
         assert set(log["knn"]) == {"cls", "pooled"}
+        right = np.unpackbits(np.frombuffer(bytes.fromhex(log["right"]["pooled"]), np.uint8))
+        assert abs(right.sum() - 8 * log["probe"]["pooled-100"]["test_acc1"] / 100) <= 1
         zero = log["training"][-1]["train_noise_zero"]
         assert zero == pytest.approx(1.0 if name == "target-unit" else 0.05**2 / 3, rel=0.4)
         assert set(log["analysis"]["trunk_gradient"]) == {"reconstruction", "noise", "contrastive"}
@@ -102,4 +159,4 @@ def test_a_sweep_leaves_logs_and_is_not_repeated(photos, tmp_path):
     assert (again.returncode, again.stdout) == (0, "")
     other = python(*map(str, command), "--epochs", "4")
     assert other.returncode == 1
-    assert "is of 3 epochs, not 4" in other.stderr.splitlines()[-1]
+    assert "has epochs 3, not 4" in other.stderr.splitlines()[-1]

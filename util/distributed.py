@@ -30,10 +30,11 @@ T = TypeVar("T")
 
 _store: dist.Store | None = None  # shared by all ranks; see _first_to_report
 _host_group: dist.ProcessGroup | None = None
+_patient_group: dist.ProcessGroup | None = None  # for `from_rank_zero`
 OTHERS_TIMEOUT = 1.0  # seconds that an error waits for others to meet it as well
-JOIN_TIMEOUT = datetime.timedelta(minutes=5)  # from the first process's start to the last's
+JOIN_TIMEOUT = datetime.timedelta(minutes=15)  # from the first process's start to the last's
 STEP_TIMEOUT = datetime.timedelta(minutes=10)  # a process that keeps others waiting longer hangs
-HOST_TIMEOUT = datetime.timedelta(hours=12)  # rank 0 may list a million files, or download them
+RANK_ZERO_TIMEOUT = datetime.timedelta(hours=12)  # it may list a million files, or download them
 
 
 def get_rank() -> int:
@@ -114,7 +115,7 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     Raises:
         UserError: no such GPU, or the processes cannot meet at dist_url.
     """
-    global _store, _host_group
+    global _store, _host_group, _patient_group
     rank, local_rank, world_size = _place(args)
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -133,13 +134,16 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
             _store = dist.HashStore()
         else:
             _store, _, _ = next(dist.rendezvous(url, rank, world_size, timeout=JOIN_TIMEOUT))
+        # The store of a single torchrun outlives its restarts, with the addresses of those who
+        # died. Several torchruns meet at a new store each time, and may count restarts differently.
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            _store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], _store)
+        # A launcher's store is there before the processes are, and nccl does not wait for them.
+        _store.set(f"here/{rank}", "")
+        _store.wait([f"here/{other}" for other in range(world_size)], JOIN_TIMEOUT)
     except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: the network's, port in use
         line = str(error).splitlines()[0]
         raise UserError(f"--dist_url {args.dist_url}: the processes cannot meet: {line}") from None
-    # The store of a single torchrun outlives its restarts, with the addresses of those who died.
-    # Several torchruns meet at a new store each time, and may count restarts differently.
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        _store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], _store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=_store,
@@ -147,12 +151,13 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
         world_size=world_size,
         timeout=STEP_TIMEOUT,
     )
-    _host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+    _host_group = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
+    _patient_group = dist.new_group(backend="gloo", timeout=RANK_ZERO_TIMEOUT)
     return device
 
 
 def host_group() -> dist.ProcessGroup:
-    """All ranks over gloo, for flags and objects that need no GPU and may be long in coming."""
+    """All ranks over gloo, for flags and objects that need no GPU."""
     return _host_group
 
 
@@ -165,7 +170,7 @@ def from_rank_zero(make: Callable[[], T]) -> T:
         except UserError as error:
             outcome[1] = str(error)
     if get_world_size() > 1:
-        dist.broadcast_object_list(outcome, group=host_group())
+        dist.broadcast_object_list(outcome, group=_patient_group)
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
@@ -244,7 +249,7 @@ def _is_of_a_peer(error: Exception) -> bool:
     """Whether a collective failed because another process did not take part in it to the end."""
     if isinstance(error, dist.DistError):  # nccl's, the store's
         return True
-    gloos = ("gloo/transport", "Operation timed out!")
+    gloos = ("gloo/transport", "Operation timed out!", "timeout caused pair closure")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in gloos)
 
 

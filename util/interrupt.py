@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from util.distributed import STEP_TIMEOUT, from_rank_zero, get_world_size, host_group
+from util.distributed import from_rank_zero, get_world_size, host_group
 from util.errors import Stopped
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Interrupts:
         if pending is None:
             return 0, False
         flags, work = pending
-        work.wait(STEP_TIMEOUT)
+        work.wait()
         due, self._late = bool(flags[1]) and not self._late, False
         return int(flags[0]), due
 
@@ -98,7 +98,7 @@ def polled(loader: Sized, poll: Callable[[], None]) -> Iterator[Any]:
     for batch in loader:
         yield batch
         poll()
-    for _ in range(most - len(loader)):
+    for _ in range(most - len(loader) + 1):  # one more, since a poll reads what the last one asked
         poll()
 
 

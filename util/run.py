@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from util.checkpoint import BEST, LAST, NUMBERED, load, load_model, save
-from util.distributed import from_rank_zero, get_world_size, host_group, is_main_process
+from util.distributed import from_rank_zero, get_world_size, host_group
 from util.errors import Stopped, UserError
 from util.interrupt import Interrupts, no_poll
 from util.loader import DeviceLoader
@@ -154,7 +154,8 @@ class Run:
         # In images: with another global batch, the step that they fill only in part is repeated.
         self.step = state.get("images", 0) // global_batch(self.args)
         self._measured = state.get("metrics", [])
-        self._bad = {str(name) for name in state.get("bad_images", [])}
+        here = ("image ", str(Path(self.args.data_path)))  # elsewhere the same files count anew
+        self._bad = {str(n) for n in state.get("bad_images", []) if str(n).startswith(here)}
         self.waiting += map(str, state.get("log", []))
         self.best = state.get("best", self.best)
         logger.info(f"resumed {path}: epoch {self.epoch}, step {self.step}")
@@ -234,17 +235,20 @@ class Run:
     def _save(
         self, names: list[str], position: dict[str, Any], last_chance: bool, best_before: float
     ) -> None:
-        """Writes files on rank 0; that one cannot be is an error only at the last chance."""
+        """Writes files on rank 0, while others wait; only the last chance's failure is an error."""
         self._interrupts.saved()
         if self.folder is None:
             return
-        if last_chance:
-            from_rank_zero(lambda: self._write(names, position, best_before))
-        elif is_main_process():
+
+        def write() -> None:
             try:
                 self._write(names, position, best_before)
             except UserError as error:
+                if last_chance:
+                    raise
                 logger.warning(f"warning: {error}; the run goes on, and tries again when it saves")
+
+        from_rank_zero(write)
 
     def _write(self, names: list[str], position: dict[str, Any], best_before: float) -> None:
         """Raises UserError with the first failure, after trying all files."""
@@ -333,11 +337,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     if set(optimizer.state) - set(parameters):
         raise ValueError("it remembers parameters that are not there")
     for parameter, memory in optimizer.state.items():
-        if set(memory) != MEMORIES[type(optimizer).__name__]:
+        if not MEMORIES.get(type(optimizer).__name__, set()) <= set(memory):
             raise ValueError(f"of a parameter it remembers {', '.join(map(str, memory))}")
         for name, value in memory.items():
             shape = torch.Size() if name == "step" else parameter.shape
             if not isinstance(value, Tensor) or value.shape != shape:
                 raise ValueError(f"{name} is no tensor of its parameter's shape {list(shape)}")
-            if not (value.is_contiguous() and value.isfinite().all()):
+            there = value.is_contiguous() or value.stride() == parameter.stride()
+            if not (there and value.isfinite().all()):
                 raise ValueError(f"{name} is not finite, or not all there")
