@@ -96,7 +96,7 @@ def save(figure: plt.Figure, name: str, bottom: float = 0) -> None:
     """Writes a figure, with a share of its height left free at the bottom."""
     FIGURES.mkdir(exist_ok=True)
     figure.tight_layout(rect=(0, bottom, 1, 1))
-    figure.savefig(FIGURES / name, dpi=110)
+    figure.savefig(FIGURES / name, dpi=100, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -114,7 +114,7 @@ def draw_reconstructions(checkpoint: Path, data: Path) -> None:
 
         model.add_noise = add_noise
         grids.append(reconstruction_grid(model, imgs, state["args"]["mask_ratio"]))
-    figure, axes = plt.subplots(len(grids), 1, figsize=(7, 2.7 * len(grids)))
+    figure, axes = plt.subplots(len(grids), 1, figsize=(6, 2.4 * len(grids)))
     for axis, grid, level in zip(axes, grids, LEVELS, strict=True):
         axis.imshow(grid.permute(1, 2, 0))
         axis.set_title(f"noise of deviation {level * model.std:g}", fontsize=9)

@@ -1,5 +1,6 @@
 """The study's machinery: each variant is what it says, a sweep leaves logs and is not repeated."""
 
+import itertools
 import json
 import sys
 
@@ -12,10 +13,10 @@ import model_mae
 from model_mae import MaskedAutoencoderViT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from flops import forward_flops  # the path first
-from study import METHODS, equal_flops_epochs
+import study  # the path first
+import study_tables
+from flops import forward_flops
 from study_analysis import effective_rank
-from study_tables import differences, disagreements, images_error, seed_deviations
 from study_variants import VARIANTS
 
 
@@ -99,16 +100,16 @@ def test_deviations_between_seeds_are_pooled():
     """Two runs of deviations 1 and 3 with one degree of freedom each; one seed alone has none."""
     runs = [[50 - 0.5**0.5, 50 + 0.5**0.5], [60 - 4.5**0.5, 60 + 4.5**0.5], [99.0]]
     logs = [[record("x", i, value, [1]) for i, value in enumerate(run)] for run in runs]
-    assert seed_deviations(logs)["kNN pooled"] == pytest.approx(5**0.5)
+    assert study_tables.seed_deviations(logs)["kNN pooled"] == pytest.approx(5**0.5)
 
 
 def test_disagreement_between_runs_and_between_seeds():
     a, b, c = [1, 1, 0, 0, 1], [1, 0, 0, 0, 1], [0, 0, 1, 0, 1]  # five images: no whole byte
     logs = {"x": [record("x", 0, 0, a), record("x", 1, 0, b)], "y": [record("y", 0, 0, c)]}
-    between, within = disagreements(logs)
+    between, within = study_tables.disagreements(logs)
     assert (between, within) == (pytest.approx((3 + 2) / 2 / 5), pytest.approx(1 / 5))
-    assert images_error(logs, 5) == pytest.approx(100 * (0.3 / 5) ** 0.5)
-    assert disagreements({"x": logs["x"]}) == (0, pytest.approx(1 / 5))
+    assert study_tables.images_error(logs, 5) == pytest.approx(100 * (0.3 / 5) ** 0.5)
+    assert study_tables.disagreements({"x": logs["x"]}) == (0, pytest.approx(1 / 5))
 
 
 @pytest.mark.parametrize(("change", "shown"), [(1.9, "+1.9"), (-2.1, "*-2.1*"), (3.1, "**+3.1**")])
@@ -116,13 +117,13 @@ def test_differences_are_marked_beyond_two_and_three_errors(change, shown, capsy
     can = [record("can", seed, 50.0, [1]) for seed in range(3)]
     columns = ("probe cls-100", "probe pooled-100", "kNN cls", "kNN pooled")
     deviations = dict.fromkeys(columns, 0.6 / (1 + 1 / 3) ** 0.5)  # one seed against three
-    differences({"x": [record("x", 0, 50 + change, [1])]}, can, deviations, images=0.8)
+    study_tables.differences({"x": [record("x", 0, 50 + change, [1])]}, can, deviations, images=0.8)
     assert capsys.readouterr().out.splitlines()[3] == "| x | 1 |" + f" {shown} ± 1.0 |" * 4
 
 
 def test_epochs_of_equal_flops():
     """At the study's size CAN's 20 epochs are MAE's 33 and SimCLR's 12, within 2 %."""
-    epochs = {run.name: equal_flops_epochs(run, 20, "nano_patch4") for run in METHODS}
+    epochs = {run.name: study.equal_flops_epochs(run, 20, "nano_patch4") for run in study.METHODS}
     assert epochs["can"] == epochs["mae"] == epochs["simclr"] == 20
     for name, objective in (("mae-equal-flops", "MAE"), ("simclr-equal-flops", "SimCLR")):
         can, other = (forward_flops("mae_vit_nano_patch4", o, 32) for o in ("CAN", objective))
@@ -133,6 +134,31 @@ def test_effective_rank():
     """Of features spread evenly over three directions of eight, three."""
     directions = torch.eye(8)[:3]
     assert effective_rank(torch.cat([directions, -directions])) == pytest.approx(3, rel=1e-5)
+
+
+def test_results_are_the_tables_of_the_logs(capsys):
+    study_tables.main(study_tables.get_args_parser().parse_args([]))
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text().splitlines()
+    shown = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| ") for line in shown) >= 30
+    assert [line for line in shown if line not in results] == []
+
+
+def test_the_readme_s_numbers_are_the_logs():
+    readme = (ROOT / "README.md").read_text()
+    logs = study_tables.read(study.LOGS / "methods", study.METHODS)
+    for name, records in logs.items():
+        if "probe" in records[0]:
+            values = study_tables.accuracies(records)["probe pooled-100"]
+            assert study_tables.written(values).replace("± 0.", "± .") in readme, name
+    for name in ("can", "simclr"):
+        values = study_tables.accuracies(logs[name])["probe pooled-100"]
+        assert ", ".join(f"{value:.1f}" for value in values) in readme
+    recipe = readme.split("<!-- small -->")[1].split("```")[1].replace("\\\n", " ").split()
+    for flags in (study.PRETRAIN, study.PROBE["100"]):
+        words = flags.split()
+        for pair in zip(words[::2], words[1::2], strict=True):
+            assert pair in list(itertools.pairwise(recipe))
 
 
 @pytest.mark.slow
