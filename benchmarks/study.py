@@ -91,7 +91,7 @@ METHODS = [
     Run("mae-equal-flops", NO_CONTRAST, "MAE", shares=ALL),
     Run("simclr-equal-flops", NO_RECONSTRUCTION, "SimCLR", shares=ALL),
 ]
-ABLATIONS = [  # each differs in one thing from METHODS' can; the first in none
+ABLATIONS = [  # each differs in one thing from METHODS' can; the first in none, one in all of noise
     Run("again"),
     *(Run(f"mask-{ratio}", f"--mask_ratio {ratio}") for ratio in (0.25, 0.75)),
     *(Run(f"std-{std}", f"--std {std}") for std in (0, 0.1, 0.25)),
@@ -103,6 +103,7 @@ ABLATIONS = [  # each differs in one thing from METHODS' can; the first in none
     Run("level-none", variant="level=none"),
     Run("target-unit", variant="target=unit"),
     Run("target-patch", variant="target=patch"),
+    Run("noise-strong", "--std 0.25 --weight_noise 0.9", variant="target=unit"),
     Run("pool-patches", variant="pool=patches"),
     Run("pool-cls", variant="pool=cls"),
     Run("norm-pix", "--norm_pix_loss"),

@@ -1,0 +1,51 @@
+"""How well noise could be predicted: by the best linear map of each patch alone; prints JSON.
+
+    python benchmarks/study_noise.py --data_path IMAGES > benchmarks/study/noise.json
+
+Patches of augmented images have a covariance with eigenvalues v. Of white noise of deviation s on
+them, the best linear predictor (Wiener's) leaves the share mean(v / (v + s^2)) of its variance: what
+it cannot tell from the image. A network that also sees other patches can do better.
+
+- `raw`: what is left of sigma e, mean over sigma ~ U(0, std), by the zero predictor's loss.
+- `unit`: the same of e, whose zero predictor has loss 1.
+"""
+
+import argparse
+import itertools
+import json
+
+import torch
+from study_analysis import batches
+
+from model_mae import mae_vit_nano_patch4
+from util.datasets import SeededDataset, open_dataset
+from util.distributed import launch
+from util.misc import seed_all
+from util_contrastive import pretrain_transform
+
+SIDE, BATCHES = 32, 8
+STDS = (0.05, 0.1, 0.25)
+LEVELS = torch.arange(1, 1001, dtype=torch.float64) / 1000  # of noise, as shares of the largest
+
+
+def main(args: argparse.Namespace) -> None:
+    seed_all(0)
+    images = SeededDataset(
+        open_dataset(args.data_path, train=True), pretrain_transform(SIDE, blur_prob=0.0), seed=0
+    )
+    views = [torch.cat(views) for views, *_ in itertools.islice(batches(images), BATCHES)]
+    patches = mae_vit_nano_patch4(img_size=SIDE).patchify(torch.cat(views)).flatten(0, 1)
+    variances = torch.linalg.eigvalsh(torch.cov(patches.T.double()))
+    found = {"eigenvalues": {"smallest": variances[0].item(), "largest": variances[-1].item()}}
+    for std in STDS:
+        power = (std * LEVELS) ** 2
+        left = (variances / (variances + power[:, None])).mean(dim=1)
+        raw = (left * power).sum() / power.sum()
+        found[f"std {std}"] = {"raw": round(raw.item(), 3), "unit": round(left.mean().item(), 3)}
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_path", required=True, help="a folder with train/ and val/")
+    launch(main, parser.parse_args())
