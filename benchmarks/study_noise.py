@@ -3,7 +3,7 @@
     python benchmarks/study_noise.py --data_path IMAGES > benchmarks/study/noise.json
 
 Patches of augmented images have a covariance with eigenvalues v. Of white noise of deviation s on
-them, the best linear predictor (Wiener's) leaves the share mean(v / (v + s^2)) of its variance: what
+them, the best linear predictor (Wiener's) leaves the share mean(v / (v + s^2)) of its variance, what
 it cannot tell from the image. A network that also sees other patches can do better.
 
 - `raw`: what is left of sigma e, mean over sigma ~ U(0, std), by the zero predictor's loss.
