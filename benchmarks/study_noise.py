@@ -3,8 +3,8 @@
     python benchmarks/study_noise.py --data_path IMAGES > benchmarks/study/noise.json
 
 Patches of augmented images have a covariance with eigenvalues v. Of white noise of deviation s on
-them, the best linear predictor (Wiener's) leaves the share mean(v / (v + s^2)) of its variance, what
-it cannot tell from the image. A network that also sees other patches can do better.
+them, the best linear predictor (Wiener's) leaves the share mean(v / (v + s^2)) of its variance,
+which it cannot tell from the image. A network that also sees other patches can do better.
 
 - `raw`: what is left of sigma e, mean over sigma ~ U(0, std), by the zero predictor's loss.
 - `unit`: the same of e, whose zero predictor has loss 1.
@@ -16,6 +16,7 @@ import json
 
 import torch
 from study_analysis import batches
+from torch import Tensor
 
 from model_mae import mae_vit_nano_patch4
 from util.datasets import SeededDataset, open_dataset
@@ -28,6 +29,13 @@ STDS = (0.05, 0.1, 0.25)
 LEVELS = torch.arange(1, 1001, dtype=torch.float64) / 1000  # of noise, as shares of the largest
 
 
+def shares_left(variances: Tensor, std: float) -> tuple[float, float]:
+    """`raw` and `unit`, for patches whose covariance has these eigenvalues."""
+    power = (std * LEVELS) ** 2
+    left = (variances / (variances + power[:, None])).mean(dim=1)
+    return ((left * power).sum() / power.sum()).item(), left.mean().item()
+
+
 def main(args: argparse.Namespace) -> None:
     seed_all(0)
     images = SeededDataset(
@@ -38,10 +46,8 @@ def main(args: argparse.Namespace) -> None:
     variances = torch.linalg.eigvalsh(torch.cov(patches.T.double()))
     found = {"eigenvalues": {"smallest": variances[0].item(), "largest": variances[-1].item()}}
     for std in STDS:
-        power = (std * LEVELS) ** 2
-        left = (variances / (variances + power[:, None])).mean(dim=1)
-        raw = (left * power).sum() / power.sum()
-        found[f"std {std}"] = {"raw": round(raw.item(), 3), "unit": round(left.mean().item(), 3)}
+        raw, unit = shares_left(variances, std)
+        found[f"std {std}"] = {"raw": round(raw, 3), "unit": round(unit, 3)}
     print(json.dumps(found, indent=1))
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ from model_mae import MaskedAutoencoderViT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import study  # the path first
+import study_noise
 import study_tables
 from flops import forward_flops
 from study_analysis import effective_rank
@@ -134,6 +136,14 @@ def test_effective_rank():
     """Of features spread evenly over three directions of eight, three."""
     directions = torch.eye(8)[:3]
     assert effective_rank(torch.cat([directions, -directions])) == pytest.approx(3, rel=1e-5)
+
+
+def test_what_the_best_linear_prediction_of_noise_leaves():
+    """For pixels of variance 1 the mean over levels l of 1 / (1 + s^2 l^2) is atan(s) / s."""
+    s = 0.7
+    raw, unit = study_noise.shares_left(torch.ones(1), s)
+    assert unit == pytest.approx(math.atan(s) / s, abs=1e-3)
+    assert raw == pytest.approx(3 / s**2 * (1 - math.atan(s) / s), abs=1e-3)
 
 
 def test_results_are_the_tables_of_the_logs(capsys):
