@@ -182,22 +182,27 @@ def settings(run: Run, args: argparse.Namespace) -> dict[str, int | str]:
     }
 
 
-def script(name: str, *flags: str, processes: int = 1) -> list[str]:
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
-    launcher += [f"--nproc_per_node={processes}"] if launcher else []
-    return [sys.executable, *launcher, str(ROOT / name), *itertools.chain(*map(shlex.split, flags))]
+class Launcher:
+    """Runs this project's scripts; `commands` are those that it ran."""
 
+    def __init__(self):
+        self.commands: list[list[str]] = []
 
-def execute(command: list[str]) -> str:
-    """Runs a command and returns what it prints.
+    def __call__(self, name: str, *flags: str, processes: int = 1) -> str:
+        """What a script prints, whose flags may stand in several strings.
 
-    Raises:
-        RuntimeError: it fails; with the end of its output.
-    """
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)}: {(done.stdout + done.stderr)[-2000:]}")
-    return done.stdout
+        Raises:
+            RuntimeError: it fails; with the end of its output.
+        """
+        ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher = ranks if processes > 1 else []
+        words = itertools.chain(*map(shlex.split, flags))
+        self.commands.append([sys.executable, *launcher, str(ROOT / name), *words])
+        done = subprocess.run(self.commands[-1], capture_output=True, text=True)
+        if done.returncode:
+            output = (done.stdout + done.stderr)[-2000:]
+            raise RuntimeError(f"{shlex.join(self.commands[-1])}: {output}")
+        return done.stdout
 
 
 def epochs_log(folder: Path) -> list[dict]:
@@ -246,55 +251,58 @@ def is_done(run: Run, seed: int, args: argparse.Namespace) -> bool:
     return True
 
 
+def train(run: Run, launch: Launcher, size: str, flags: str, folder: Path, data: str) -> dict:
+    """Trains in a folder; returns the log of its epochs, and of a pretraining the analysis."""
+    flags = f"{flags} --data_path {data} --output_dir {folder} --resume auto"
+    if run.supervised:
+        launch("main_finetune.py", f"--model vit_{size} {flags} {SUPERVISED}")
+        return {"training": epochs_log(folder)}
+    if run.flags is None:
+        return {}
+    words = ["main_pretrain.py", f"--model mae_vit_{size} {flags} {PRETRAIN} {run.flags}"]
+    analyse = f"--checkpoint {folder / LAST} --data_path {data}"
+    if run.variant:
+        words = ["benchmarks/study_variants.py", run.variant, words[1]]
+        analyse += f" --variant {run.variant}"
+    launch(*words, processes=run.processes)
+    analysis = json.loads(launch("benchmarks/study_analysis.py", analyse))
+    return {"analysis": analysis, "training": epochs_log(folder)}
+
+
+def probe(
+    run: Run, launch: Launcher, encoder: str, images: int, work: Path, data: dict[str, str]
+) -> dict:
+    """Probes an encoder, given by flags: kNN, linear probes, and which images those have right."""
+    found = {"knn": {}, "probe": {}, "right": {}}
+    for pool, flag in POOLS.items():
+        output = launch("main_linprobe.py", encoder, flag, f"--data_path {data['100']} --knn")
+        found["knn"][pool] = float(re.search(r"kNN top-1 ([\d.]+)", output)[1])
+        for share in run.shares:
+            folder = work / f"probe-{pool}-{share}"
+            batch = min(PROBE_BATCH[share], int(SHARES[share] * images))
+            where = f"--data_path {data[share]} --output_dir {folder} --resume auto"
+            how = f"--cache_features --batch_size {batch} {PROBE[share]}"
+            launch("main_linprobe.py", encoder, flag, where, how)
+            found["probe"][f"{pool}-{share}"] = epochs_log(folder)[-1]
+        found["right"][pool] = right_answers(work / f"probe-{pool}-100" / LAST, data["100"])
+    return found
+
+
 def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str]) -> str:
     """Trains and probes one run, and writes its log; returns a line about it."""
-    log = log_path(run, seed, args)
+    log, begin, launch = log_path(run, seed, args), time.time(), Launcher()
     work = args.work_dir / args.what / f"{run.name}-{seed}"
-    begin = time.time()
     common = f"--input_size {SIDE} --seed {seed} --num_workers {args.num_workers} --precision bf16"
     record = {"name": run.name, "seed": seed} | settings(run, args)
+
     length = f"--batch_size {args.batch_size // run.processes} --epochs {record['epochs']}"
-    where = f"--data_path {data['100']} --output_dir {work / 'train'} --resume auto {common}"
-    commands = []
-
-    def launch(name: str, *flags: str, processes: int = 1) -> str:
-        commands.append(script(name, *flags, processes=processes))
-        return execute(commands[-1])
-
-    if run.supervised:
-        launch("main_finetune.py", f"--model vit_{args.size} {where} {length} {SUPERVISED}")
-    elif run.flags is not None:
-        pretrain = f"--model mae_vit_{args.size} {where} {length} {PRETRAIN} {run.flags}"
-        analyse = f"--checkpoint {work}/train/checkpoint-last.pth --data_path {data['100']}"
-        if run.variant:
-            launch("benchmarks/study_variants.py", run.variant, pretrain, processes=run.processes)
-            analyse += f" --variant {run.variant}"
-        else:
-            launch("main_pretrain.py", pretrain, processes=run.processes)
-        record["analysis"] = json.loads(launch("benchmarks/study_analysis.py", analyse))
-    if (work / "train").exists():
-        record["training"] = epochs_log(work / "train")
-
+    record |= train(run, launch, args.size, f"{common} {length}", work / "train", data["100"])
     if not run.supervised:
-        weights = "" if run.flags is None else f"--finetune {work}/train/checkpoint-last.pth"
-        record |= {"knn": {}, "probe": {}, "right": {}}
-        for pool, flag in POOLS.items():
-            encoder = f"--model vit_{args.size} {weights} {flag} {common}"
-            output = launch("main_linprobe.py", f"{encoder} --data_path {data['100']} --knn")
-            record["knn"][pool] = float(re.search(r"kNN top-1 ([\d.]+)", output)[1])
-            for share in run.shares:
-                folder = work / f"probe-{pool}-{share}"
-                batch = min(PROBE_BATCH[share], int(SHARES[share] * args.images))
-                launch(
-                    "main_linprobe.py",
-                    f"{encoder} --data_path {data[share]} --output_dir {folder} --resume auto",
-                    f"--cache_features --batch_size {batch} {PROBE[share]}",
-                )
-                record["probe"][f"{pool}-{share}"] = epochs_log(folder)[-1]
-            probe = work / f"probe-{pool}-100" / LAST
-            record["right"][pool] = right_answers(probe, data["100"])
+        weights = "" if run.flags is None else f"--finetune {work / 'train' / LAST}"
+        encoder = f"--model vit_{args.size} {weights} {common}"
+        record |= probe(run, launch, encoder, args.images, work, data)
 
-    record["commands"] = [shlex.join(["python", *command[1:]]) for command in commands]
+    record["commands"] = [shlex.join(["python", *command[1:]]) for command in launch.commands]
     record["data"], record["seconds"] = Path(args.data_path).name, round(time.time() - begin)
     record["machine"] = describe_machine(DEVICE)
     log.parent.mkdir(parents=True, exist_ok=True)
