@@ -335,3 +335,17 @@ def test_checkpointed_activations_change_no_gradient():
         saved.append(sum(kept))
     assert saved[1] < saved[0] / 4
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.slow
+def test_noise_is_learnt_where_nothing_hides_it():
+    """Strong noise on images of one grey: far less is left than a prediction of zero leaves."""
+    torch.manual_seed(0)
+    model = model_mae.mae_vit_nano_patch4(img_size=16, noise_loss=True, std=1.0, contrastive=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(150):
+        parts = model(torch.zeros(128, 3, 16, 16), mask_ratio=0.5)
+        parts["noise"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert parts["noise"] < 0.5 * parts["noise_zero"]
