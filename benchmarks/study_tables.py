@@ -131,19 +131,22 @@ def seed_deviations(runs: list[list[dict]]) -> dict[str, float]:
 def disagreements(logs: Logs, pool: str = "pooled") -> tuple[float, float]:
     """Shares of the test images that one of two probes has right and the other wrong.
 
+    Only of different seeds: runs of one seed begin alike, and err alike.
+
     Returns:
-        Mean over pairs of runs of different kinds, and over pairs of seeds of one kind (0 where
-        there is no such pair: then all of the first counts).
+        Mean over pairs of runs of different kinds, and over pairs of one kind (0 where there is no
+        such pair: then all of the first counts).
     """
     bits = [
-        (name, np.unpackbits(np.frombuffer(bytes.fromhex(r["right"][pool]), np.uint8)), r)
-        for name, records in logs.items()
-        for r in records
-        if "right" in r
+        (np.unpackbits(np.frombuffer(bytes.fromhex(record["right"][pool]), np.uint8)), record)
+        for records in logs.values()
+        for record in records
+        if "right" in record
     ]
     shares = {True: [], False: []}
-    for (name, one, record), (other, two, _) in itertools.combinations(bits, 2):
-        shares[name == other].append((one != two).sum() / record["test_images"])
+    for (one, a), (two, b) in itertools.combinations(bits, 2):
+        if a["seed"] != b["seed"]:
+            shares[a["name"] == b["name"]].append((one != two).sum() / a["test_images"])
     between, within = (float(np.mean(shares[same])) if shares[same] else 0.0 for same in (0, 1))
     return between, within
 

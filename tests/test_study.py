@@ -107,10 +107,15 @@ def test_deviations_between_seeds_are_pooled():
 
 def test_disagreement_between_runs_and_between_seeds():
     a, b, c = [1, 1, 0, 0, 1], [1, 0, 0, 0, 1], [0, 0, 1, 0, 1]  # five images: no whole byte
-    logs = {"x": [record("x", 0, 0, a), record("x", 1, 0, b)], "y": [record("y", 0, 0, c)]}
+    logs = {"x": [record("x", 0, 0, a), record("x", 1, 0, b)], "y": [record("y", 2, 0, c)]}
+    logs["z"] = [record("z", seed, 0, [0] * 5) for seed in (0, 1, 2)]  # seeds of its own kind agree
+    pairs = {"xy": [3, 2], "xx": [1], "zz": [0, 0, 0], "yz": [2, 2], "xz": [3, 3, 2, 2]}
     between, within = study_tables.disagreements(logs)
-    assert (between, within) == (pytest.approx((3 + 2) / 2 / 5), pytest.approx(1 / 5))
-    assert study_tables.images_error(logs, 5) == pytest.approx(100 * (0.3 / 5) ** 0.5)
+    between_too = np.mean(pairs["xy"] + pairs["yz"] + pairs["xz"]) / 5
+    within_too = np.mean(pairs["xx"] + pairs["zz"]) / 5
+    assert (between, within) == (pytest.approx(between_too), pytest.approx(within_too))
+    error = 100 * ((between - within) / 5) ** 0.5
+    assert study_tables.images_error(logs, 5) == pytest.approx(error)
     assert study_tables.disagreements({"x": logs["x"]}) == (0, pytest.approx(1 / 5))
 
 
@@ -161,7 +166,8 @@ def test_the_readme_s_numbers_are_the_logs():
         if "probe" in records[0]:
             values = study_tables.accuracies(records)["probe pooled-100"]
             assert study_tables.written(values).replace("± 0.", "± .") in readme, name
-    for name in ("can", "simclr"):
+    logs |= study_tables.read(study.LOGS / "ablations", study.ABLATIONS)
+    for name in ("can", "simclr", "simclr-0.1"):
         values = study_tables.accuracies(logs[name])["probe pooled-100"]
         assert ", ".join(f"{value:.1f}" for value in values) in readme
     recipe = readme.split("<!-- small -->")[1].split("```")[1].replace("\\\n", " ").split()
