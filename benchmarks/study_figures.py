@@ -15,7 +15,7 @@ from common import ROOT
 from flops import forward_flops
 from sklearn.manifold import TSNE
 from study import METHODS, SIDE, data_folder
-from study_tables import Logs, accuracies, get_args_parser, is_trained, mean, read
+from study_tables import TERMS, Logs, accuracies, get_args_parser, is_trained, mean, read
 
 from model_mae import MaskedAutoencoderViT, model_from_checkpoint
 from util.args import number
@@ -73,9 +73,8 @@ def style(name: str) -> tuple[str, str, str]:
 
 def draw_losses(logs: Logs) -> None:
     """Mean over seeds of each term's loss by epoch, where it is trained."""
-    terms = ("reconstruction", "noise", "contrastive")
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
-    for axis, term in zip(axes, terms, strict=True):
+    for axis, term in zip(axes, TERMS, strict=True):
         for name, records in logs.items():
             curves = [[e.get(f"train_{term}") for e in r.get("training", [])] for r in records]
             if any(curves) and curves[0][0] is not None and is_trained(term, records):

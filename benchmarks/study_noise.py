@@ -15,6 +15,7 @@ import itertools
 import json
 
 import torch
+from study import SIDE
 from study_analysis import batches
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from util.distributed import launch
 from util.misc import seed_all
 from util_contrastive import pretrain_transform
 
-SIDE, BATCHES = 32, 8
+BATCHES = 8  # of images, two views each
 STDS = (0.05, 0.1, 0.25)
 LEVELS = torch.arange(1, 1001, dtype=torch.float64) / 1000  # of noise, as shares of the largest
 

@@ -67,7 +67,7 @@ class Run:
     `waiting` are lines of log.txt that a full disk has kept out of it.
 
     Args:
-        args: output_dir ('' saves nothing), save_freq, save_interval, keep_last, epochs,
+        args: output_dir ('' saves nothing), data_path, save_freq, save_interval, keep_last, epochs,
             start_epoch; accum_iter may change, see `_keep_global_batch`.
         resume: what `--resume` says; '' for nothing to go on from.
     Raises:
