@@ -109,6 +109,8 @@ ABLATIONS = [  # each differs in one thing from METHODS' can; the first in none,
     Run("norm-pix", "--norm_pix_loss"),
     *(Run(f"head-{depth}", variant=f"head={depth}") for depth in (1, 3)),
     *(Run(f"warmup-{epochs}", f"--warmup_epochs {epochs}") for epochs in (0, 5)),
+    Run("simclr-0.1-norm-pix", "--weight_simclr 0.1 --norm_pix_loss"),
+    Run("mae-norm-pix-equal-flops", f"{NO_CONTRAST} --norm_pix_loss", "MAE"),
 ]
 
 
