@@ -91,7 +91,9 @@ METHODS = [
     Run("mae-equal-flops", NO_CONTRAST, "MAE", shares=ALL),
     Run("simclr-equal-flops", NO_RECONSTRUCTION, "SimCLR", shares=ALL),
 ]
-ABLATIONS = [  # each differs in one thing from METHODS' can; the first in none, one in all of noise
+# Each differs in one thing from METHODS' can; the first in none, noise-strong in all of noise. The
+# last two are what the others led to: the better ones together, and MAE with normalised targets.
+ABLATIONS = [
     Run("again"),
     *(Run(f"mask-{ratio}", f"--mask_ratio {ratio}") for ratio in (0.25, 0.75)),
     *(Run(f"std-{std}", f"--std {std}") for std in (0, 0.1, 0.25)),
