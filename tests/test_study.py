@@ -167,7 +167,7 @@ def test_the_readme_s_numbers_are_the_logs():
             values = study_tables.accuracies(records)["probe pooled-100"]
             assert study_tables.written(values).replace("± 0.", "± .") in readme, name
     logs |= study_tables.read(study.LOGS / "ablations", study.ABLATIONS)
-    for name in ("can", "simclr", "simclr-0.1"):
+    for name in ("can", "simclr", "norm-pix"):
         values = study_tables.accuracies(logs[name])["probe pooled-100"]
         assert ", ".join(f"{value:.1f}" for value in values) in readme
     recipe = readme.split("<!-- small -->")[1].split("```")[1].replace("\\\n", " ").split()
