@@ -106,7 +106,7 @@ ABLATIONS = [
     Run("target-unit", variant="target=unit"),
     Run("target-patch", variant="target=patch"),
     Run("noise-strong", "--std 0.25 --weight_noise 0.9", variant="target=unit"),
-    Run("no-noise-strong", "--no_noise_loss --weight_mae 0.097"),  # the same with noise-strong's
+    Run("no-noise-strong", "--no_noise_loss --weight_mae 0.097"),  # what it weighs in noise-strong
     Run("pool-patches", variant="pool=patches"),
     Run("pool-cls", variant="pool=cls"),
     Run("norm-pix", "--norm_pix_loss"),

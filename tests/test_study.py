@@ -115,7 +115,7 @@ def test_disagreement_between_runs_and_between_seeds():
     within_too = np.mean(pairs["xx"] + pairs["zz"]) / 5
     assert (between, within) == (pytest.approx(between_too), pytest.approx(within_too))
     error = 100 * ((between - within) / 5) ** 0.5
-    assert study_tables.images_error(logs, 5) == pytest.approx(error)
+    assert study_tables.images_error(between, within, 5) == pytest.approx(error)
     assert study_tables.disagreements({"x": logs["x"]}) == (0, pytest.approx(1 / 5))
 
 
