@@ -1,4 +1,4 @@
-"""One pretraining epoch: forward, combined loss, metrics; `util.epoch` runs the steps."""
+"""One pretraining epoch: forward pass and combined loss; `util.run.training` makes the steps."""
 
 import argparse
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loss_contrastive import nt_xent
-from util.epoch import Training, run_epoch
+from util.run.training import Training
 
 
 def total_loss(parts: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Tensor]:
@@ -14,8 +14,8 @@ def total_loss(parts: dict[str, Tensor], args: argparse.Namespace) -> dict[str, 
 
     total = weight_mae ((1 - weight_noise) reconstruction + weight_noise noise)
             + weight_simclr contrastive; without noise prediction
-    total = weight_mae reconstruction + weight_simclr contrastive. A term that the objective leaves
-    out is not computed and not returned.
+    total = weight_mae reconstruction + weight_simclr contrastive. Terms that the objective leaves
+    out are neither computed nor returned.
     """
     names = ("reconstruction", "noise", "noise_zero")
     terms = {name: parts[name] for name in names if name in parts}
@@ -33,33 +33,18 @@ def total_loss(parts: dict[str, Tensor], args: argparse.Namespace) -> dict[str, 
     return {"loss": total, **terms}
 
 
-def train_one_epoch(training: Training, epoch: int) -> dict[str, float]:
-    """Trains for one epoch and returns its mean metrics over all ranks; raises as `run_epoch`.
+def train_one_epoch(training: Training, args: argparse.Namespace, epoch: int) -> dict[str, float]:
+    """Trains for one epoch and returns its mean metrics over all ranks.
 
     Args:
         training: its loader gives ([view 1, view 2], label) batches, views [N, C, H, W] on the
-            device; its args are main_pretrain.py's.
+            device.
+        args: main_pretrain.py's.
+    Raises:
+        UserError, Stopped: as `Training.batches`.
     """
-    args = training.args
-
-    def losses(batch: tuple[list[Tensor], Tensor]) -> dict[str, Tensor]:
-        views, _ = batch
+    for views, _ in training.batches(epoch):
         with training.precision.autocast():
             parts = training.model(torch.cat(views), mask_ratio=args.mask_ratio)
-        return total_loss(parts, args)
-
-    return run_epoch(training, epoch, losses, _terms)
-
-
-def _terms(window: dict[str, float]) -> list[str]:
-    """What the console shows of the losses."""
-    words = [f"loss {window['loss']:.4f}"]
-    if "reconstruction" in window:
-        words.append(f"reconstruction {window['reconstruction']:.4f}")
-    if "noise" in window:
-        words.append(f"noise {window['noise']:.5f} (zero {window['noise_zero']:.5f})")
-    if "contrastive" in window:
-        words.append(
-            f"contrastive {window['contrastive']:.3f} (top-1 {window['contrastive_top1']:.1%})"
-        )
-    return words
+        training.backward(total_loss(parts, args))
+    return training.means()

@@ -13,7 +13,7 @@ TILE_ROWS = 512  # anchors whose similarities are held at once: 2 KiB of memory 
 
 
 class _GatherWithGrad(torch.autograd.Function):
-    """All-gather whose backward pass adds up what every process says of this one's tensor."""
+    """All-gather whose backward pass sums every process's gradient of this process's tensor."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -38,10 +38,10 @@ def gather_with_grad(x: Tensor) -> Tensor:
 
 
 class _NTXent(torch.autograd.Function):
-    """NT-Xent's sum over anchors, and how many of them have their positive nearest.
+    """NT-Xent's sum over anchors, and the number of anchors whose positive is the nearest.
 
-    The gradient is made in the same sweep over tiles of rows, while a tile's softmax is at hand:
-    nothing of size anchors x candidates is ever kept, and no product is computed twice.
+    The gradient is computed in the same pass over tiles of rows, while a tile's softmax exists:
+    nothing of size anchors x candidates is kept, and no product is computed twice.
     """
 
     @staticmethod
@@ -65,7 +65,7 @@ class _NTXent(torch.autograd.Function):
             highest, nearest = logits.max(dim=1)
             hits += (nearest == positive).sum()
             loss += (highest - logits[row, positive]).sum()
-            weights = logits.sub_(highest[:, None]).exp_()  # in place: a tile is all we can afford
+            weights = logits.sub_(highest[:, None]).exp_()  # in place, to hold one tile only
             normaliser = weights.sum(dim=1)
             loss += normaliser.log().sum()
 
@@ -74,7 +74,7 @@ class _NTXent(torch.autograd.Function):
                 weights[row, positive] -= 1
                 torch.mm(weights, candidates, out=grad_anchors[tile])
                 grad_candidates.addmm_(weights.T, scaled)
-            del logits, weights  # before the next tile is made
+            del logits, weights  # before the next tile
 
         if wanted:
             ctx.save_for_backward(grad_anchors.div_(temperature), grad_candidates)
@@ -97,7 +97,7 @@ def nt_xent(
 
     Args:
         embeddings: this process's [2N, d], view 1 then view 2.
-        global_negatives: contrast with the images of all processes, not of this one alone.
+        global_negatives: contrast with the images of all processes, not only this one's.
     Returns:
         The mean over this process's 2N anchors, and the share of anchors whose positive is the
         nearest of all candidates (top-1 accuracy).
@@ -136,7 +136,7 @@ class SupConLoss(nn.Module):
             features: [N, V, d], unit length.
             labels: [N]; views of images with the same label are positives.
             mask: [N, N] instead of labels; row i's positives are the columns that are not 0.
-                Without either, an image's positives are its own other views (NT-Xent).
+                With neither, an image's positives are its own other views (NT-Xent).
         Raises:
             ValueError: shapes other than these, or both labels and mask.
         """

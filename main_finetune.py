@@ -14,36 +14,29 @@ import torch
 from engine_finetune import build_mixup, fit, report, set_up
 from model_vit import build_model
 from util.args import finetune_parser as get_args_parser
-from util.datasets import SeededDataset, build_transform, train_loader
-from util.distributed import launch
+from util.data.loader import train_loader
+from util.data.order import SeededDataset
+from util.datasets import build_transform
 from util.lr_decay import param_groups_lrd
+from util.run.launch import launch
+from util.run.training import Training
 
 
 def main(args: argparse.Namespace) -> None:
     train_transform = build_transform(True, args)
     task = set_up(args, build_model)
-    model, precision = task.model, task.precision
     if args.eval:
-        report(model, task.val_loader, precision)
+        report(task)
         return
 
+    model, precision = task.model, task.precision
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     task.run.resume(model, optimizer=optimizer, scaler=precision.scaler)
-    train_data = SeededDataset(task.train, train_transform, args.seed)
-    loader = train_loader(train_data, args, precision.device)
-    fit(
-        model,
-        loader,
-        task.val_loader,
-        optimizer,
-        precision,
-        task.run,
-        args,
-        mixup=build_mixup(args, model.num_classes),
-        smoothing=args.smoothing,
-        clip_grad=args.clip_grad,
-    )
+    data = SeededDataset(task.train, train_transform, args.seed)
+    loader = train_loader(data, args, precision.device)
+    training = Training(model, loader, optimizer, precision, args, task.run, args.clip_grad)
+    fit(training, task.val_loader, build_mixup(args, model.num_classes), args.smoothing)
 
 
 if __name__ == "__main__":

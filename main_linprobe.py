@@ -14,38 +14,42 @@ import logging
 from engine_finetune import fit, report, set_up
 from model_vit import build_probe
 from util.args import linprobe_parser as get_args_parser
-from util.datasets import SeededDataset, eval_loader, probe_transform, train_loader
-from util.distributed import launch
+from util.data.loader import eval_loader, train_loader
+from util.data.order import SeededDataset
+from util.data.transforms import probe_transform
 from util.features import encode, encoder_knn
 from util.lars import LARS
+from util.run.launch import launch
+from util.run.training import Training
 
 logger = logging.getLogger(__name__)
 
 
 def main(args: argparse.Namespace) -> None:
     task = set_up(args, build_probe)
-    model, precision = task.model, task.precision
+    model, precision, device = task.model, task.precision, task.precision.device
     if args.knn:
         accuracy = encoder_knn(model.features, task.train, task.val, args, precision)
         logger.info(f"kNN top-1 {accuracy:.2f} %")
         return
     if args.eval:
-        report(model, task.val_loader, precision)
+        report(task)
         return
 
     optimizer = LARS(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     task.run.resume(model, optimizer=optimizer, scaler=precision.scaler)
-    trained, val_loader = model, task.val_loader
-    train_data = SeededDataset(task.train, probe_transform(args.input_size), args.seed)
     if args.cache_features:
         trained = model.head
-        train_data, val_data = (
+        train, val = (
             encode(model.features, part, args, precision).cpu() for part in (task.train, task.val)
         )
-        args.num_workers = 0  # rows of a tensor need no loader processes
-        val_loader = eval_loader(val_data, args, precision.device, share=args.dist_eval)
-    loader = train_loader(train_data, args, precision.device)
-    fit(trained, loader, val_loader, optimizer, precision, task.run, args)
+        loader = train_loader(train, args, device, num_workers=0)  # rows of a tensor need none
+        val_loader = eval_loader(val, args, device, share=args.dist_eval, num_workers=0)
+    else:
+        trained, val_loader = model, task.val_loader
+        data = SeededDataset(task.train, probe_transform(args.input_size), args.seed)
+        loader = train_loader(data, args, device)
+    fit(Training(trained, loader, optimizer, precision, args, task.run), val_loader)
 
 
 if __name__ == "__main__":

@@ -14,95 +14,68 @@ import logging
 
 import torch
 from timm.optim import param_groups_weight_decay
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from engine_pretrain import train_one_epoch
 from model_mae import MaskedAutoencoderViT, build_model
 from util.args import pretrain_parser as get_args_parser
-from util.datasets import (
-    SeededDataset,
-    open_dataset,
-    open_labelled,
-    preview_images,
-    train_loader,
-)
-from util.distributed import (
-    from_rank_zero,
-    get_world_size,
-    init_distributed_mode,
-    is_main_process,
-    launch,
-)
-from util.epoch import Training
+from util.data.loader import train_loader
+from util.data.order import SeededDataset
+from util.datasets import open_dataset, open_labelled
+from util.distributed import from_rank_zero, get_world_size, init_distributed_mode, is_main_process
 from util.errors import UserError
 from util.features import encoder_knn
-from util.folder import check_folder
-from util.logs import RunLog, describe_run
-from util.lr_sched import scale_learning_rate
 from util.misc import seed_all
 from util.precision import Precision
-from util.run import Run
-from util.visualize import PREVIEW_IMAGES, reconstruction_grid
-from util_contrastive import pretrain_transform
+from util.run.launch import launch
+from util.run.logs import describe_run, log_to_console
+from util.run.run import Run
+from util.run.training import Training
+from util.visualize import PREVIEW_IMAGES, preview_images, reconstruction_grid
+from util_contrastive import TwoCrops
 
 logger = logging.getLogger(__name__)
 
-NO_WEIGHT_DECAY = ("cls_token", "mask_token")  # besides biases and norms; positions are fixed
+NO_DECAY = ("cls_token", "mask_token")  # besides biases and norms; positions are fixed
 
 
 def main(args: argparse.Namespace) -> None:
     device = init_distributed_mode(args)
-    from_rank_zero(lambda: check_folder(args))
-    run = Run(args, args.resume)
+    log_to_console()
+    run = Run(args)
     images, val, _ = from_rank_zero(lambda: open_images(args))
-    transform = pretrain_transform(args.input_size, device, args.blur_prob)
+    transform = TwoCrops(args.input_size, defer=True, blur_prob=args.blur_prob)
     data = SeededDataset(images, transform, args.seed)
-    loader = train_loader(data, args, device, transform.finish)
-    steps_per_epoch = len(loader) // args.accum_iter
-    scale_learning_rate(args)
+    loader = train_loader(data, args, device, finish=transform.finish)
 
     seed_all(args.seed)
-    model = build_model(args).to(device)
-    groups = param_groups_weight_decay(
-        model, args.weight_decay, no_weight_decay_list=NO_WEIGHT_DECAY
-    )
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     precision = Precision(args.precision, device)
-    negatives = negatives_per_anchor(args)
-    if is_main_process():
-        describe_objective(args, model, negatives)
-        describe_run(args, model, precision, steps_per_epoch)
+    model = build_model(args).to(device)
+    model.grad_checkpointing = args.grad_checkpointing
+    groups = param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=NO_DECAY)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    describe_objective(args, model, negatives_per_anchor(args))
 
     run.resume(model, optimizer=optimizer, scaler=precision.scaler)
-    log = RunLog(args, run, steps_per_epoch)
+    training = Training(model, loader, optimizer, precision, args, run)
+    describe_run(args, model, precision, training.steps)
     preview = preview_images(images, PREVIEW_IMAGES, args.input_size)
-
-    model.grad_checkpointing = args.grad_checkpointing
-    if args.compile:
-        model.compile()
-    # Not static_graph: it saves no time here, and torch's does not go with no_sync.
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    training = Training(ddp, loader, optimizer, precision, args, run, log)
     for epoch in range(run.epoch, args.epochs):
-        stats = train_one_epoch(training, epoch)
-        line = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
-        step = (epoch + 1) * steps_per_epoch
+        stats = train_one_epoch(training, args, epoch)
+        tests = {}
         if args.eval_freq and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
-            knn = encoder_knn(model.features, images, val, args, precision, run.poll)
-            line["knn_acc1"] = knn
-            log.scalars({"perf/knn_acc1": knn}, step)
-            logger.info(f"epoch {epoch}: kNN top-1 {knn:.2f} %")
-        log.epoch(line)
+            tests["knn_acc1"] = encoder_knn(model.features, images, val, args, precision, run.poll)
+            logger.info(f"epoch {epoch}: kNN top-1 {tests['knn_acc1']:.2f} %")
+        training.log.epoch(epoch, stats, tests)
         if model.reconstruct and is_main_process():
             grid = reconstruction_grid(model, preview.to(device), args.mask_ratio)
-            log.image("reconstruction", grid, step)
+            training.log.image("reconstruction", grid, epoch)
         run.save(epoch)
-    log.close()
+    training.log.close()
 
 
 def open_images(args: argparse.Namespace) -> tuple[Dataset, Dataset | None, int | None]:
-    """The images, and where `--eval_freq` asks for them, those for validation, with labels."""
+    """The images, and for `--eval_freq` those for validation, with labels."""
     if args.eval_freq:
         return open_labelled(args.data_path, cache_dir=args.output_dir)
     return open_dataset(args.data_path, True, args.output_dir), None, None
@@ -112,7 +85,7 @@ def negatives_per_anchor(args: argparse.Namespace) -> int:
     """Other images' views that an embedding is contrasted with: those of one forward pass.
 
     Raises:
-        UserError: there is none, and the objective wants some.
+        UserError: there is none, and the objective needs some.
     """
     images = args.batch_size * (1 if args.local_negatives else get_world_size())
     if images == 1 and args.weight_simclr > 0:
@@ -123,7 +96,7 @@ def negatives_per_anchor(args: argparse.Namespace) -> int:
 def describe_objective(
     args: argparse.Namespace, model: MaskedAutoencoderViT, negatives: int
 ) -> None:
-    """Prints what the weights amount to, and warns of what people tend not to want."""
+    """Prints what the weights amount to, and warns of what is rarely meant."""
     methods = {(True, True): "CAN", (False, True): "MAE", (True, False): "SimCLR"}
     method = methods[model.contrastive, model.reconstruct]
     noise = f"noise up to {args.std}" if model.noise_loss else "no noise"
@@ -137,7 +110,7 @@ def describe_objective(
     )
     if model.contrastive:
         logger.info(f"contrast: {negatives} negatives per anchor")
-        if args.accum_iter > 1:
+        if args.accum_iter > 1 and is_main_process():
             logger.warning(
                 f"warning: --accum_iter {args.accum_iter} adds up gradients, not negatives: each "
                 f"anchor still sees {negatives}"

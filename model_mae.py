@@ -15,10 +15,9 @@ from timm.models.vision_transformer import Block, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from util.checkpoint import load_model
 from util.errors import UserError
-from util.init import NORM_LAYER, initialize_encoder, set_positions
 from util.sizes import SIZES, image_side, size_of
+from util.weights import NORM_LAYER, initialize_encoder, load_model, set_positions
 
 PROJECTION_DIM = 128  # width of the contrastive embedding
 NOISE_EMBED_DIM = 128  # width of the sinusoidal embedding of the noise level
@@ -29,8 +28,7 @@ class MaskedAutoencoderViT(nn.Module):
     """One ViT encoder trained by contrast, reconstruction and noise prediction (CAN, figure 1).
 
     Parts that the objective leaves out (`contrastive`, `reconstruct`, `noise_loss` false) keep
-    their parameters, so that every checkpoint has the same keys, but they are frozen and not
-    computed.
+    their parameters, so that all checkpoints have the same keys, but are frozen and not computed.
 
     Args:
         img_size: side of the images in pixels, or (H, W), multiples of `patch_size`.
@@ -70,44 +68,38 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError(f"std {std} is negative")
         self.norm_pix_loss, self.noise_loss, self.std = norm_pix_loss, noise_loss, std
         self.contrastive, self.reconstruct = contrastive, reconstruct
-        self.grad_checkpointing = False  # keep blocks' inputs alone and compute the rest twice
+        self.grad_checkpointing = False  # keep only the blocks' inputs and compute the rest twice
 
-        def blocks(dim: int, depth: int, heads: int) -> nn.ModuleList:
-            return nn.ModuleList(
-                Block(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
-                for _ in range(depth)
-            )
-
+        block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
         self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim)
         tokens = 1 + self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)
-        self.blocks = blocks(embed_dim, depth, num_heads)
+        self.blocks = nn.ModuleList(block(embed_dim, num_heads) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
 
         self.projection_head = _mlp(embed_dim, embed_dim, PROJECTION_DIM)
         self.noise_pe_mlp = _mlp(NOISE_EMBED_DIM, embed_dim, embed_dim)
 
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.decoder_pos_embed = nn.Parameter(
-            torch.zeros(1, tokens, decoder_embed_dim), requires_grad=False
-        )
-        self.decoder_blocks = blocks(decoder_embed_dim, decoder_depth, decoder_num_heads)
-        self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+        dim, heads = decoder_embed_dim, decoder_num_heads
+        self.decoder_embed = nn.Linear(embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, dim), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(block(dim, heads) for _ in range(decoder_depth))
+        self.decoder_norm = norm_layer(dim)
+        self.decoder_pred = nn.Linear(dim, patch_size**2 * in_chans)
 
         self.initialize_weights()
         self._freeze_unused()
 
     def initialize_weights(self) -> None:
-        """MAE's; see `initialize_encoder`. The decoder's alike."""
+        """MAE's, see `initialize_encoder`; the decoder's likewise."""
         initialize_encoder(self)
         nn.init.normal_(self.mask_token, std=0.02)
         set_positions(self.decoder_pos_embed, self.patch_embed.grid_size)
 
     def _freeze_unused(self) -> None:
-        """DDP waits for every parameter that wants a gradient: what gets none must not want one."""
+        """DDP waits for the gradient of every parameter that is not frozen; these get none."""
         unused = []
         if not self.contrastive:
             unused.append("projection_head.")
@@ -151,7 +143,7 @@ class MaskedAutoencoderViT(nn.Module):
         return kept, (ids_restore >= keep).to(x.dtype), ids_restore
 
     def add_noise(self, imgs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Adds Gaussian noise of a random level to each image, leaving `imgs` as it is.
+        """Adds Gaussian noise of a random level to each image; `imgs` is not changed.
 
         Returns:
             The noised images and the noise itself (sigma e) [N, C, H, W], and the level as a
@@ -171,19 +163,16 @@ class MaskedAutoencoderViT(nn.Module):
         return x
 
     def forward_encoder(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Encodes a random part of the patches of images [N, C, H, W].
+        """Encodes a random subset of the patches of images [N, C, H, W].
 
         Returns:
             The latent tokens [N, 1 + K, D], cls token first; mask and `ids_restore` [N, L].
         """
         x, mask, ids_restore = self.random_masking(self.patchify(x), mask_ratio)
-        # Only kept patches are embedded: a linear map of their pixels, the convolution's weight
-        # brought into the patches' (row, column, channel) order.
-        x = F.linear(
-            x,
-            self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1),
-            self.patch_embed.proj.bias,
-        )
+        # Embeds only the kept patches, as a linear map of their pixels: the convolution's weight in
+        # the patches' (row, column, channel) order.
+        weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
+        x = F.linear(x, weight, self.patch_embed.proj.bias)
         ids_keep = ids_restore.argsort(dim=1)[:, : x.shape[1], None]
         pos_embed = self.pos_embed[:, 1:].expand(x.shape[0], -1, -1)
         x = x + pos_embed.gather(1, ids_keep.expand(-1, -1, x.shape[2]))
@@ -237,7 +226,7 @@ class MaskedAutoencoderViT(nn.Module):
         Returns:
             `reconstruction`: squared error to the clean pixels, mean over removed patches. With
             `noise` [N, C, H, W] also `noise`: squared error to it, mean over visible patches, and
-            `noise_zero`: the same for a prediction of zero, which a useful model must undercut.
+            `noise_zero`: the same for a prediction of zero, which a useful model must beat.
         """
         pred, target = pred.float(), self.patchify(imgs).float()
         if self.norm_pix_loss:
@@ -290,13 +279,7 @@ MODELS = {
     f"mae_vit_{name}": partial(MaskedAutoencoderViT, norm_layer=NORM_LAYER, **size._asdict())
     for name, size in SIZES.items()
 }
-mae_vit_nano_patch4 = MODELS["mae_vit_nano_patch4"]
-mae_vit_tiny_patch4 = MODELS["mae_vit_tiny_patch4"]
-mae_vit_tiny_patch16 = MODELS["mae_vit_tiny_patch16"]
-mae_vit_small_patch16 = MODELS["mae_vit_small_patch16"]
-mae_vit_base_patch16 = MODELS["mae_vit_base_patch16"]
-mae_vit_large_patch16 = MODELS["mae_vit_large_patch16"]
-mae_vit_huge_patch14 = MODELS["mae_vit_huge_patch14"]
+globals().update(MODELS)  # for `from model_mae import mae_vit_base_patch16`
 
 
 def build_model(args: argparse.Namespace) -> MaskedAutoencoderViT:
@@ -317,8 +300,8 @@ def model_from_checkpoint(
     """A pretraining checkpoint's model with its weights: ours, the CAN release's or MAE's.
 
     Args:
-        state: what `util.checkpoint.load` returns; the flags in it decide, where there are any.
-        norm_pix_loss: where they do not say.
+        state: what `util.run.checkpoint.load` returns; the flags in it decide, if it has any.
+        norm_pix_loss: if they do not say.
     Raises:
         UserError: not a whole pretrained model of a known size.
     """
@@ -336,7 +319,7 @@ def model_from_checkpoint(
         contrastive=flags.get("weight_simclr", 0) > 0,
         reconstruct=flags.get("weight_mae", 1) > 0,
     )
-    # MAE's own checkpoints lack what only CAN has, and do not need it.
+    # MAE's own checkpoints lack these parts of CAN, and do not need them.
     unused = {
         name: tensor
         for name, tensor in model.state_dict().items()

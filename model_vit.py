@@ -11,8 +11,8 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from util.init import NORM_LAYER, initialize_encoder
 from util.sizes import SIZES, size_name
+from util.weights import NORM_LAYER, initialize_encoder
 
 
 class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
@@ -20,8 +20,8 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
 
     Args:
         global_pool: classify the mean over patches (without cls) instead of the cls token.
-        fc_norm: normalise after pooling, with a norm of its own, instead of before it; None does
-            so with `global_pool`, as MAE fine-tunes.
+        fc_norm: normalise after pooling, with a norm of its own, instead of before it; None: if
+            `global_pool`, as in MAE's fine-tuning.
         **kwargs: timm's.
     """
 
@@ -37,7 +37,7 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
 
 
 class LinearProbe(VisionTransformer):
-    """A frozen encoder, with the pretrained norm also under `global_pool`, and a linear classifier.
+    """A frozen encoder and a linear classifier; `global_pool` too uses the pretrained norm.
 
     The features are standardised by a BatchNorm without parameters (MAE, appendix A.1).
     """
@@ -75,13 +75,7 @@ def _initialize_head(head: nn.Linear, std: float) -> None:
 MODELS = {
     f"vit_{name}": partial(VisionTransformer, **size.encoder()) for name, size in SIZES.items()
 }
-vit_nano_patch4 = MODELS["vit_nano_patch4"]
-vit_tiny_patch4 = MODELS["vit_tiny_patch4"]
-vit_tiny_patch16 = MODELS["vit_tiny_patch16"]
-vit_small_patch16 = MODELS["vit_small_patch16"]
-vit_base_patch16 = MODELS["vit_base_patch16"]
-vit_large_patch16 = MODELS["vit_large_patch16"]
-vit_huge_patch14 = MODELS["vit_huge_patch14"]
+globals().update(MODELS)  # for `from model_vit import vit_base_patch16`
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> VisionTransformer:

@@ -5,7 +5,7 @@ Example:
 """
 
 from util.args import linprobe_parser
-from util.submit import submit
+from util.slurm.submit import submit
 
 if __name__ == "__main__":
     submit("main_linprobe", linprobe_parser())

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
@@ -12,22 +11,16 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import Tensor
 
-from util.augment import (
-    BLUR_PROB,
-    BLUR_SIGMA,
-    GREY_P,
-    JITTER,
-    JITTER_P,
-    augment,
-    draw_parameters,
-)
-from util.datasets import IMAGENET_MEAN, IMAGENET_STD
-from util.images import to_rgb, upright_size
-from util.loader import to_device
+from util.data.augment import AFTER, BEFORE, IDENTITY, augment
+from util.data.images import decode, upright_size
+from util.data.loader import to_device
 
+# The recipe: strengths are SimCLR's, as in the public CAN release.
 CROP_AREA = (0.2, 1.0)  # share of the image's area
 CROP_ASPECT = (3 / 4, 4 / 3)  # width by height
-FLIP_P = 0.5
+FLIP_P, JITTER_P, GREY_P, BLUR_PROB = 0.5, 0.8, 0.2, 0.5
+JITTER = T.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+BLUR_SIGMA = (0.1, 2.0)  # pixels
 
 
 class TwoCropTransform:
@@ -53,37 +46,40 @@ class GaussianBlur:
         return TF.gaussian_blur(image, 2 * radius + 1, sigma)
 
 
-def pil_transform(input_size: int) -> TwoCropTransform:
-    """The augmentation as torchvision's transforms of a PIL image spell it.
-
-    What `TwoCrops` equals in distribution, several times as fast; for comparison.
-    """
-    return TwoCropTransform(
-        T.Compose(
-            [
-                T.RandomResizedCrop(input_size, scale=CROP_AREA, ratio=CROP_ASPECT),
-                T.RandomHorizontalFlip(FLIP_P),
-                T.RandomApply([JITTER], p=JITTER_P),
-                T.RandomGrayscale(p=GREY_P),
-                T.RandomApply([GaussianBlur()], p=BLUR_PROB),
-                T.ToTensor(),
-                T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-            ]
+def draw_parameters(blur_prob: float = BLUR_PROB) -> Tensor:
+    """One view's parameters [23] for `augment`, from torch's random state, as torchvision draws."""
+    before, after, hue = [], [], 0.0
+    if torch.rand(()).item() < JITTER_P:
+        order, b, c, s, h = JITTER.get_params(
+            JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue
         )
-    )
+        blends = {0: (b, 0.0, 0.0), 1: (c, 0.0, 1 - c), 2: (s, 1 - s, 0.0)}
+        slot = before
+        for operation in order.tolist():
+            if operation == 3:
+                hue, slot = h, after
+            else:
+                slot.append(blends[operation])
+    before += [IDENTITY] * (BEFORE - len(before))
+    after += [IDENTITY] * (AFTER - 1 - len(after))
+    after.append((0.0, 1.0, 0.0) if torch.rand(()).item() < GREY_P else IDENTITY)
+    sigma = 0.0
+    if torch.rand(()).item() < blur_prob:
+        sigma = torch.empty(()).uniform_(*BLUR_SIGMA).item()
+    return torch.tensor([v for blend in before + after for v in blend] + [hue, sigma])
 
 
 class TwoCrops:
-    """From a PIL image, best not yet decoded, to two views [3, S, S], float32, normalised.
+    """From a PIL image, best not decoded yet, to two views [3, S, S], float32, normalised.
 
     Args:
         input_size: S, in pixels.
-        defer: leave all but the cutting to `finish`, for whole batches. A view is then a uint8
+        defer: leave all but the cropping to `finish`, for whole batches. A view is then a uint8
             crop [3, S, S] and the parameters [23] drawn for it.
         blur_prob: how often a view is blurred.
     """
 
-    decodes = True  # wants images as their files hold them
+    decodes = True  # takes images as their files hold them
 
     def __init__(self, input_size: int, defer: bool = False, blur_prob: float = BLUR_PROB):
         self.input_size, self.defer, self.blur_prob = input_size, defer, blur_prob
@@ -102,24 +98,17 @@ class TwoCrops:
         return [augment(c[None], p[None])[0] for c, p in zip(crops, parameters, strict=True)]
 
     def finish(self, views: list, device: torch.device) -> list[Tensor]:
-        """Two views [N, 3, S, S] on the device, from batches of what a call returns."""
+        """Two views [N, 3, S, S] on the device, from a batch of what a call returns."""
         if not self.defer:
             return to_device(views, device)
         return [augment(to_device(crops, device), parameters) for crops, parameters in views]
 
 
-def pretrain_transform(
-    input_size: int, device: torch.device | None = None, blur_prob: float = BLUR_PROB
-) -> TwoCrops:
-    """Two views; for a device, `finish` augments batches of them there."""
-    return TwoCrops(input_size, device is not None, blur_prob)
-
-
 def cut(image: Image.Image, boxes: list[tuple[int, int, int, int]], size: int) -> list[Tensor]:
     """Crops, resized to uint8 [3, size, size] with antialiasing.
 
-    A JPEG that is not decoded yet is decoded at the smallest scale (1, 1/2, 1/4, 1/8) that no crop
-    has to be magnified from.
+    A JPEG that is not decoded yet is decoded at the smallest scale (1, 1/2, 1/4, 1/8) from which no
+    crop has to be magnified.
 
     Args:
         boxes: (top, left, height, width) in pixels of the upright image.
@@ -136,8 +125,3 @@ def cut(image: Image.Image, boxes: list[tuple[int, int, int, int]], size: int) -
         crop = pixels[:, :, rows, columns]
         crops.append(F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0])
     return crops
-
-
-def decode(image: Image.Image, shrink: int = 1) -> Tensor:
-    """An image's pixels, uint8 [3, H, W], upright; a JPEG's shrunk as by `to_rgb`."""
-    return torch.from_numpy(np.array(to_rgb(image, shrink))).permute(2, 0, 1)

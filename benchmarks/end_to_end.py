@@ -22,10 +22,11 @@ from loader import FILES, photo
 from train_step import training_step
 
 from util.args import pretrain_parser
-from util.datasets import SeededDataset, open_dataset, train_loader
-from util.distributed import keep_freed_memory
-from util.precision import Precision
-from util_contrastive import pretrain_transform
+from util.data.loader import train_loader
+from util.data.order import SeededDataset
+from util.datasets import open_dataset
+from util.precision import Precision, keep_freed_memory
+from util_contrastive import TwoCrops
 
 EPOCHS = 3  # the first, with its start-up, is not counted
 
@@ -45,9 +46,9 @@ def flags(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def loader_rate(args: argparse.Namespace, device: torch.device) -> float:
-    transform = pretrain_transform(args.input_size, device, args.blur_prob)
+    transform = TwoCrops(args.input_size, defer=True, blur_prob=args.blur_prob)
     data = SeededDataset(open_dataset(args.data_path, train=True), transform, args.seed)
-    loader = train_loader(data, args, device, transform.finish)
+    loader = train_loader(data, args, device, finish=transform.finish)
     for epoch in range(2):  # the first starts the processes
         loader.sampler.set_epoch(epoch)
         begin = time.perf_counter()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from common import table
 
-import util.file_list
+import util.data.file_list
+from util.data.file_list import SETTLED, write_lists
 from util.datasets import ImageFiles
-from util.file_list import SETTLED, write_lists
 
 FOLDERS = 1000  # classes
 
@@ -34,7 +34,7 @@ def main(options: argparse.Namespace) -> None:
             seconds.append(time.perf_counter() - begin)
             assert len(images) == options.files
             write_lists()
-        assert cache.exists(), f"fewer than {util.file_list.WORTH_KEEPING} files are not kept"
+        assert cache.exists(), f"fewer than {util.data.file_list.WORTH_KEEPING} files are not kept"
         size = f"{cache.stat().st_size / 1e6:.0f}"
     columns = [f"{s:.2f}" for s in seconds]
     table(

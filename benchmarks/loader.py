@@ -27,11 +27,23 @@ from PIL import Image, ImageFile
 from sklearn.datasets import load_sample_images
 from torch.utils.data import default_collate
 
-import util.augment
+import util.data.augment
 import util_contrastive
-from util.augment import BLUR_PROB, BLUR_SIGMA, GREY_P, JITTER_P
-from util.datasets import IMAGENET_MEAN, IMAGENET_STD, SeededDataset
-from util_contrastive import CROP_AREA, CROP_ASPECT, GaussianBlur, TwoCrops, pil_transform
+from util.data.order import SeededDataset
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util_contrastive import (
+    BLUR_PROB,
+    BLUR_SIGMA,
+    CROP_AREA,
+    CROP_ASPECT,
+    FLIP_P,
+    GREY_P,
+    JITTER,
+    JITTER_P,
+    GaussianBlur,
+    TwoCrops,
+    TwoCropTransform,
+)
 
 # Width, height, JPEG quality: the first as ImageNet's images are on average, of about 110 KB; the
 # last small, as CIFAR's.
@@ -55,12 +67,12 @@ STAGES = {
     "crop, resize": [(util_contrastive, "cut"), (T.RandomResizedCrop, "forward")],
     "draws": [(util_contrastive, "draw_parameters"), (T.RandomResizedCrop, "get_params")],
     "jitter, grey": [
-        (util.augment, "blend"),
-        (util.augment, "shift_hue"),
+        (util.data.augment, "blend"),
+        (util.data.augment, "shift_hue"),
         (T.ColorJitter, "forward"),
         (T.RandomGrayscale, "forward"),
     ],
-    "blur": [(util.augment, "blur"), (GaussianBlur, "__call__")],
+    "blur": [(util.data.augment, "blur"), (GaussianBlur, "__call__")],
     "normalise": [
         (util_contrastive, "augment"),
         (T.ToTensor, "__call__"),
@@ -92,6 +104,23 @@ class Files:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.open(io.BytesIO(self.encoded)), 0
+
+
+def pil_transform(size: int) -> TwoCropTransform:
+    """The recipe as torchvision's transforms; `TwoCrops` draws from the same distribution."""
+    return TwoCropTransform(
+        T.Compose(
+            [
+                T.RandomResizedCrop(size, scale=CROP_AREA, ratio=CROP_ASPECT),
+                T.RandomHorizontalFlip(FLIP_P),
+                T.RandomApply([JITTER], p=JITTER_P),
+                T.RandomGrayscale(p=GREY_P),
+                T.RandomApply([GaussianBlur()], p=BLUR_PROB),
+                T.ToTensor(),
+                T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            ]
+        )
+    )
 
 
 def kornia_transform(size: int) -> Callable[[Image.Image], list[torch.Tensor]]:

@@ -27,8 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine_pretrain import total_loss
 from model_mae import build_model
 from util.args import pretrain_parser
-from util.distributed import keep_freed_memory
-from util.precision import Precision, choose_attention
+from util.precision import Precision, choose_attention, keep_freed_memory
 
 FLAGS = {
     "CAN": [],

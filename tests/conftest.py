@@ -16,8 +16,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.multiprocessing import start_processes
 
-from util.distributed import launch
-from util.interrupt import STOP_SIGNALS
+from util.errors import STOP_SIGNALS
+from util.run.launch import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -159,7 +159,7 @@ def test_log_dir_follows_output_dir():
         ("--dist_url localhost:10", "'localhost:10' is none of env://"),
         ("--world_size 2 --local_rank 2", "--local_rank 2 is not below --world_size 2"),
         ("--resume auto --output_dir ''", "--resume auto needs an --output_dir"),
-        ("--overwrite --resume auto", "--overwrite begins anew and --resume goes on"),
+        ("--overwrite --resume auto", "--overwrite starts over and --resume continues"),
         ("--epochs", "expected one argument"),
         ("--mask_ratios 0.5", "unrecognized arguments: --mask_ratios"),
         ("--mask 0.5", "unrecognized arguments: --mask"),

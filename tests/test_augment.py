@@ -7,22 +7,9 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 
-from util.augment import (
-    AFTER,
-    BEFORE,
-    BLUR_PROB,
-    GREY_P,
-    IDENTITY,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    JITTER,
-    JITTER_P,
-    augment,
-    blend,
-    blur,
-    draw_parameters,
-    shift_hue,
-)
+from util.data.augment import AFTER, BEFORE, IDENTITY, augment, blend, blur, shift_hue
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util_contrastive import BLUR_PROB, GREY_P, JITTER, JITTER_P, draw_parameters
 
 
 def images(count: int, side: int = 48) -> torch.Tensor:

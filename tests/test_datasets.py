@@ -11,9 +11,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
-from util.datasets import NAMED, EpochSampler, SeededDataset, open_dataset, preview_images
+from util.data.order import EpochSampler, SeededDataset
+from util.datasets import NAMED, open_dataset
 from util.errors import UserError
-from util_contrastive import GaussianBlur, TwoCropTransform, pretrain_transform
+from util.visualize import preview_images
+from util_contrastive import GaussianBlur, TwoCrops, TwoCropTransform
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def digits():
 
 
 def seeded(dataset, seed: int = 0) -> SeededDataset:
-    return SeededDataset(dataset, pretrain_transform(16), seed)
+    return SeededDataset(dataset, TwoCrops(16), seed)
 
 
 def test_views_depend_on_seed_epoch_and_index_alone(digits):
@@ -64,8 +66,8 @@ def epoch_of(dataset, per_step: int, ranks: int, epoch: int = 0) -> list[list[in
     shares = []
     for rank in range(ranks):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("util.datasets.get_world_size", lambda: ranks)
-            patch.setattr("util.datasets.get_rank", lambda rank=rank: rank)
+            patch.setattr("util.data.order.get_world_size", lambda: ranks)
+            patch.setattr("util.data.order.get_rank", lambda rank=rank: rank)
             sampler = EpochSampler(dataset, per_step, seed=0)
         sampler.set_epoch(epoch)
         keys = list(sampler)
@@ -169,7 +171,7 @@ def test_every_name_is_constructed_as_torchvision_wants_it(tmp_path, monkeypatch
             monkeypatch.setattr(f"torchvision.datasets.{module}.{name}", refuse, raising=False)
     for name in set(NAMED) - {"digits"}:
         for train in (True, False):
-            with pytest.raises(UserError, match=f"cannot get the data set {name}"):
+            with pytest.raises(UserError, match=f"cannot get the dataset {name}"):
                 open_dataset(name, train)
 
 
@@ -209,4 +211,4 @@ def test_preview_shows_images_of_all_classes(digits):
 
 
 def test_nothing_downloaded_is_tracked():
-    assert "data/" in (ROOT / ".gitignore").read_text().splitlines()
+    assert "/data/" in (ROOT / ".gitignore").read_text().splitlines()

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from engine_finetune import evaluate
-from util.datasets import eval_loader
+from util.data.loader import eval_loader
 from util.errors import UserError
 from util.features import Features, encode, knn_accuracy
 from util.precision import Precision

@@ -9,7 +9,8 @@ from model_mae import MODELS, mae_vit_tiny_patch4
 from model_vit import build_probe, vit_tiny_patch4
 from util import export
 from util.args import linprobe_parser
-from util.checkpoint import load_encoder, save
+from util.run.checkpoint import save
+from util.weights import load_encoder
 
 
 def exported(model, tmp_path, capsys) -> tuple[torch.nn.Module, str]:

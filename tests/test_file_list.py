@@ -10,9 +10,9 @@ from conftest import TINY, run_main, the_error
 from torchvision import datasets
 
 import main_pretrain
-import util.file_list
+import util.data.file_list
+from util.data.file_list import list_files, write_lists
 from util.datasets import open_dataset
-from util.file_list import list_files, write_lists
 
 LONG_AGO = 1_600_000_000  # seconds
 
@@ -36,7 +36,7 @@ def settle(folder: Path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(util.file_list, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(util.data.file_list, "WORTH_KEEPING", 1)
     (tmp_path / "output").mkdir()
     return tmp_path / "output" / "files.json"
 
@@ -113,8 +113,8 @@ def test_small_folders_leave_nothing_behind(folder, tmp_path):
 
 
 def test_a_run_that_cannot_begin_makes_no_folder(photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(util.file_list, "WORTH_KEEPING", 1)
-    monkeypatch.setattr(util.file_list, "SETTLED", 0)
+    monkeypatch.setattr(util.data.file_list, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(util.data.file_list, "SETTLED", 0)
     flags = ["--data_path", photos, *TINY, "--epochs", 1, "--output_dir", tmp_path / "out"]
     assert run_main(main_pretrain, *flags, "--batch_size", 49) == 1
     assert "do not fill one step" in the_error(capsys.readouterr().err)

@@ -29,7 +29,7 @@ def test_a_second_run_needs_a_word(flags, tmp_path, capsys):
     capsys.readouterr()
     assert run_main(main_pretrain, *flags) == 1
     line = the_error(capsys.readouterr().err)
-    assert f"{out} holds a run: --resume auto goes on with it, --overwrite removes it" in line
+    assert f"{out} holds a run: --resume auto continues it, --overwrite removes it" in line
     assert run_main(main_pretrain, *flags, "--overwrite", "--data_path", tmp_path / "x") == 1
     assert {path: path.read_bytes() for path in out.iterdir()} == before  # not even then
 

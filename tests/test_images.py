@@ -16,17 +16,13 @@ from sklearn.datasets import load_sample_images
 import main_linprobe
 import main_pretrain
 from util.args import finetune_parser
-from util.datasets import (
-    SeededDataset,
-    build_transform,
-    eval_transform,
-    open_dataset,
-    preview_images,
-    probe_transform,
-)
+from util.data.images import BadImage, decode, open_image, to_rgb
+from util.data.order import SeededDataset
+from util.data.transforms import eval_transform, probe_transform
+from util.datasets import build_transform, open_dataset
 from util.errors import UserError
-from util.images import TURNS, BadImage, open_image, to_rgb
-from util_contrastive import TwoCrops, cut, decode
+from util.visualize import preview_images
+from util_contrastive import TwoCrops, cut
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +114,7 @@ def test_every_kind_of_pixels_becomes_pillow_s_own_rgb(kind, photo):
     torch.testing.assert_close(crop.int(), whole.int(), rtol=0, atol=1)
 
 
-@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("turn", range(2, 9))
 def test_shrunk_jpegs_are_turned_upright_too(turn):
     """Decoded at half their size; crops are (top, left, height, width) of the upright image."""
     photo = Image.fromarray(load_sample_images().images[0][:416])  # whole blocks at either end

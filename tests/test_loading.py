@@ -13,8 +13,9 @@ from torch import nn
 
 from model_mae import NORM_LAYER, MaskedAutoencoderViT
 from model_vit import LinearProbe, VisionTransformer
-from util.checkpoint import load, load_encoder
 from util.errors import UserError
+from util.run.checkpoint import load
+from util.weights import load_encoder
 
 ENCODER = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -131,12 +132,12 @@ def test_positions_are_resized_bicubically(side):
     ("change", "line"),
     [
         (lambda w: w.pop("blocks.1.mlp.fc1.bias"), "it has no blocks.1.mlp.fc1.bias"),
-        (lambda w: w.update(cls_token=torch.zeros(1, 1, 8)), "cls_token is [1, 1, 8] there"),
-        (lambda w: w.update({"blocks.2.norm1.bias": torch.zeros(24)}), "blocks.2.norm1.bias has"),
-        (lambda w: w.update(dist_token=torch.zeros(1)), "dist_token has no place here"),
-        (lambda w: w.update(pos_embed=torch.zeros(1, 4, 24)), "pos_embed is [1, 4, 24] there"),
+        (lambda w: w.update(cls_token=torch.zeros(1, 1, 8)), "cls_token is [1, 1, 8], not"),
+        (lambda w: w.update({"blocks.2.norm1.bias": torch.zeros(24)}), "unexpected tensor block"),
+        (lambda w: w.update(dist_token=torch.zeros(1)), "unexpected tensor dist_token"),
+        (lambda w: w.update(pos_embed=torch.zeros(1, 4, 24)), "pos_embed is [1, 4, 24], not"),
         (lambda w: w.update({"norm.bias": torch.zeros(24).long()}), "norm.bias is torch.int64"),
-        (lambda w: w.update({"norm.bias": torch.zeros(24) / 0}), "norm.bias is not finite"),
+        (lambda w: w.update({"norm.bias": torch.zeros(24) / 0}), "non-finite values in norm.bias"),
     ],
     ids=["missing", "shape", "deeper", "unknown", "positions", "integers", "NaN"],
 )

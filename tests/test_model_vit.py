@@ -6,7 +6,7 @@ from conftest import fill
 
 from model_mae import NORM_LAYER, MaskedAutoencoderViT
 from model_vit import LinearProbe, VisionTransformer
-from util.checkpoint import load_encoder
+from util.weights import load_encoder
 
 ENCODER = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
 IMAGES = fill((2, 3, 32, 32), 5, 1.5)

@@ -15,10 +15,9 @@ from conftest import TINY, in_processes, python, run_main, the_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
-import util.epoch
-from util import checkpoint, run
-from util.interrupt import Interrupts
 from util.lr_sched import adjust_learning_rate
+from util.run import checkpoint, run, training
+from util.run.interrupt import Interrupts
 
 DIGITS = ["--data_path", "digits", *TINY]
 MAE = ["--weight_simclr", 0, "--weight_mae", 1]
@@ -131,18 +130,18 @@ def test_resuming_after_an_epoch_equals_never_having_stopped(photos_run, tmp_pat
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_within_an_epoch_loses_nothing(number, photos_run, tmp_path, monkeypatch):
     """Steps of 4 images, 12 an epoch; the signal comes in the second epoch's fifth step."""
-    monkeypatch.setattr(util.epoch, "PRINT_FREQ", 3)
+    monkeypatch.setattr(training, "PRINT_FREQ", 3)
     flags = [*photos_run, "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 2, "--accum_iter", 2]
     assert run_main(main_pretrain, *flags) == 0
 
-    def signalled(seed, *position, seed_all=util.epoch.seed_all):
+    def signalled(seed, *position, seed_all=training.seed_all):
         seed_all(seed, *position)
         if position[:2] == (1, 9):
             os.kill(os.getpid(), number)
 
     again = [*flags, "--output_dir", tmp_path / "again", "--resume", "auto"]
     with monkeypatch.context() as patch:
-        patch.setattr(util.epoch, "seed_all", signalled)
+        patch.setattr(training, "seed_all", signalled)
         assert run_main(main_pretrain, *again) == 128 + number
     state = torch.load(tmp_path / "again" / checkpoint.LAST, weights_only=True)
     assert (state["epoch"], state["images"]) == (0, 5 * 4)
@@ -233,7 +232,7 @@ def test_schedule_equals_the_reference():
 
 
 def test_learning_rate_follows_the_schedule_at_every_step(photos_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(util.epoch, "PRINT_FREQ", 1)
+    monkeypatch.setattr(training, "PRINT_FREQ", 1)
     flags = ["--epochs", 4, "--warmup_epochs", 2, "--lr", 1e-3, "--min_lr", 1e-5]
     assert run_main(main_pretrain, *photos_run, *flags) == 0
     events = EventAccumulator(str(tmp_path / "out"))
@@ -281,7 +280,7 @@ def test_gradients_are_reduced_once_per_step(photos_run, monkeypatch):
             future.set_result(bucket.buffer())
             return future
 
-    monkeypatch.setattr(main_pretrain, "DistributedDataParallel", Counted)
+    monkeypatch.setattr(training, "DistributedDataParallel", Counted)
     flags = ["--epochs", 2, "--batch_size", 4, "--accum_iter", 4, "--output_dir", ""]
     assert run_main(main_pretrain, *photos_run, *flags) == 0
     assert sum(reductions) == 6  # 48 images in steps of 16, two epochs
@@ -297,10 +296,10 @@ def test_the_host_waits_for_metrics_once_a_window(monkeypatch, tmp_path):
             lambda self, original=original: fetched.append(original) or original(self),
         )
     monkeypatch.setattr(main_pretrain, "reconstruction_grid", lambda *_: torch.zeros(3, 1, 1))
-    monkeypatch.setattr("util.datasets.SeededDataset.__getitem__", lambda *_: (
+    monkeypatch.setattr("util.data.order.SeededDataset.__getitem__", lambda *_: (
         [torch.zeros(3, 8, 8)] * 2, 0))  # fmt: skip
     monkeypatch.setattr("util_contrastive.TwoCrops.finish", lambda _, views, device: views)
-    monkeypatch.setattr("util.datasets.EpochSampler.__iter__", lambda self: iter(
+    monkeypatch.setattr("util.data.order.EpochSampler.__iter__", lambda self: iter(
         [(0, 0)] * len(self)))  # fmt: skip
     monkeypatch.setattr(main_pretrain, "preview_images", lambda *_: torch.zeros(1, 3, 8, 8))
     before = len(fetched)

@@ -10,8 +10,10 @@ from conftest import ROOT, free_port, run
 from PIL import Image
 
 from model_mae import mae_vit_tiny_patch16
-from util import checkpoint, visualize
-from util.args import finetune_parser, job_parser, linprobe_parser, pretrain_parser
+from util import visualize
+from util.args import finetune_parser, linprobe_parser, pretrain_parser
+from util.run import checkpoint
+from util.slurm.flags import job_parser
 
 README = (ROOT / "README.md").read_text()
 

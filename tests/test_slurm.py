@@ -212,7 +212,7 @@ def test_a_job_does_not_go_on_beyond_its_limit(command, tmp_path):
     subprocess.run([*command, job.id], check=True)
     assert job.wait_for_end() == "FAILED"
     assert (job.output / "checkpoint-last.pth").exists()
-    told = f"--requeue_limit 0 is reached; to go on: --output_dir {job.output} --resume auto"
+    told = f"--requeue_limit 0 is reached; to continue: --output_dir {job.output} --resume auto"
     assert told in job.log()
 
 

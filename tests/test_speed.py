@@ -75,7 +75,7 @@ def test_attention_on_cpus(precision, fused, photos, monkeypatch):
 def test_freed_memory_is_used_again():
     program = """
 import resource, torch
-from util.distributed import keep_freed_memory
+from util.precision import keep_freed_memory
 
 def page_faults(block=2**28):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -13,13 +13,13 @@ from conftest import ROOT, fill, python
 import model_mae
 from model_mae import MaskedAutoencoderViT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import study  # the path first
-import study_noise
-import study_tables
+sys.path.insert(0, str(ROOT / "benchmarks/study"))
+import noise
+import study
+import tables
+from analysis import effective_rank
 from flops import forward_flops
-from study_analysis import effective_rank
-from study_variants import VARIANTS
+from variants import VARIANTS
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_deviations_between_seeds_are_pooled():
     """Two runs of deviations 1 and 3 with one degree of freedom each; one seed alone has none."""
     runs = [[50 - 0.5**0.5, 50 + 0.5**0.5], [60 - 4.5**0.5, 60 + 4.5**0.5], [99.0]]
     logs = [[record("x", i, value, [1]) for i, value in enumerate(run)] for run in runs]
-    assert study_tables.seed_deviations(logs)["kNN pooled"] == pytest.approx(5**0.5)
+    assert tables.seed_deviations(logs)["kNN pooled"] == pytest.approx(5**0.5)
 
 
 def test_disagreement_between_runs_and_between_seeds():
@@ -110,13 +110,13 @@ def test_disagreement_between_runs_and_between_seeds():
     logs = {"x": [record("x", 0, 0, a), record("x", 1, 0, b)], "y": [record("y", 2, 0, c)]}
     logs["z"] = [record("z", seed, 0, [0] * 5) for seed in (0, 1, 2)]  # seeds of its own kind agree
     pairs = {"xy": [3, 2], "xx": [1], "zz": [0, 0, 0], "yz": [2, 2], "xz": [3, 3, 2, 2]}
-    between, within = study_tables.disagreements(logs)
+    between, within = tables.disagreements(logs)
     between_too = np.mean(pairs["xy"] + pairs["yz"] + pairs["xz"]) / 5
     within_too = np.mean(pairs["xx"] + pairs["zz"]) / 5
     assert (between, within) == (pytest.approx(between_too), pytest.approx(within_too))
     error = 100 * ((between - within) / 5) ** 0.5
-    assert study_tables.images_error(between, within, 5) == pytest.approx(error)
-    assert study_tables.disagreements({"x": logs["x"]}) == (0, pytest.approx(1 / 5))
+    assert tables.images_error(between, within, 5) == pytest.approx(error)
+    assert tables.disagreements({"x": logs["x"]}) == (0, pytest.approx(1 / 5))
 
 
 @pytest.mark.parametrize(("change", "shown"), [(1.9, "+1.9"), (-2.1, "*-2.1*"), (3.1, "**+3.1**")])
@@ -124,7 +124,7 @@ def test_differences_are_marked_beyond_two_and_three_errors(change, shown, capsy
     can = [record("can", seed, 50.0, [1]) for seed in range(3)]
     columns = ("probe cls-100", "probe pooled-100", "kNN cls", "kNN pooled")
     deviations = dict.fromkeys(columns, 0.6 / (1 + 1 / 3) ** 0.5)  # one seed against three
-    study_tables.differences({"x": [record("x", 0, 50 + change, [1])]}, can, deviations, images=0.8)
+    tables.differences({"x": [record("x", 0, 50 + change, [1])]}, can, deviations, images=0.8)
     assert capsys.readouterr().out.splitlines()[3] == "| x | 1 |" + f" {shown} ± 1.0 |" * 4
 
 
@@ -146,14 +146,14 @@ def test_effective_rank():
 def test_what_the_best_linear_prediction_of_noise_leaves():
     """For pixels of variance 1 the mean over levels l of 1 / (1 + s^2 l^2) is atan(s) / s."""
     s = 0.7
-    raw, unit = study_noise.shares_left(torch.ones(1), s)
+    raw, unit = noise.shares_left(torch.ones(1), s)
     assert unit == pytest.approx(math.atan(s) / s, abs=1e-3)
     assert raw == pytest.approx(3 / s**2 * (1 - math.atan(s) / s), abs=1e-3)
 
 
 def test_results_are_the_tables_of_the_logs(capsys):
-    study_tables.main(study_tables.get_args_parser().parse_args([]))
-    results = (ROOT / "benchmarks" / "RESULTS.md").read_text().splitlines()
+    tables.main(tables.get_args_parser().parse_args([]))
+    results = (ROOT / "benchmarks/study/RESULTS.md").read_text().splitlines()
     shown = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| ") for line in shown) >= 30
     assert [line for line in shown if line not in results] == []
@@ -161,14 +161,14 @@ def test_results_are_the_tables_of_the_logs(capsys):
 
 def test_the_readme_s_numbers_are_the_logs():
     readme = (ROOT / "README.md").read_text()
-    logs = study_tables.read(study.LOGS / "methods", study.METHODS)
+    logs = tables.read(study.LOGS / "methods", study.METHODS)
     for name, records in logs.items():
         if "probe" in records[0]:
-            values = study_tables.accuracies(records)["probe pooled-100"]
-            assert study_tables.written(values).replace("± 0.", "± .") in readme, name
-    logs |= study_tables.read(study.LOGS / "ablations", study.ABLATIONS)
+            values = tables.accuracies(records)["probe pooled-100"]
+            assert tables.written(values).replace("± 0.", "± .") in readme, name
+    logs |= tables.read(study.LOGS / "ablations", study.ABLATIONS)
     for name in ("can", "simclr", "norm-pix"):
-        values = study_tables.accuracies(logs[name])["probe pooled-100"]
+        values = tables.accuracies(logs[name])["probe pooled-100"]
         assert ", ".join(f"{value:.1f}" for value in values) in readme
     recipe = readme.split("<!-- small -->")[1].split("```")[1].replace("\\\n", " ").split()
     for flags in (study.PRETRAIN, study.PROBE["100"]):
@@ -180,7 +180,7 @@ def test_the_readme_s_numbers_are_the_logs():
 @pytest.mark.slow
 def test_a_sweep_leaves_logs_and_is_not_repeated(photos, tmp_path):
     command = [
-        "benchmarks/study.py", "--data_path", photos, "--work_dir", tmp_path / "work",
+        "benchmarks/study/study.py", "--data_path", photos, "--work_dir", tmp_path / "work",
         "--log_dir", tmp_path, "--what", "ablations", "--only", "target-unit",
         "local-negatives", "--seeds", "3", "--images", "40", "--test_images", "8", "--epochs", "3",
         "--batch_size", "8",

@@ -13,8 +13,9 @@ import submitit
 import torch
 from conftest import ROOT, TINY, the_error
 
-from util import follow, submit
-from util.args import finetune_parser, job_parser, linprobe_parser, pretrain_parser, seeds
+from util.args import finetune_parser, linprobe_parser, pretrain_parser
+from util.slurm import follow, submit
+from util.slurm.flags import job_parser, seeds
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("submitit_*.py"))
 JOB_FLAGS = {

@@ -16,9 +16,10 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import model_mae
-import util.epoch
-from util import checkpoint
-from util.datasets import build_transform, eval_transform, open_labelled
+import util.run.training
+from util.data.transforms import eval_transform
+from util.datasets import build_transform, open_labelled
+from util.run import checkpoint
 
 SMALL = ["--model", "vit_tiny_patch4", "--input_size", 8, "--num_workers", 0, "--device", "cpu"]
 MIXES = ["--mixup", 0.8, "--cutmix", 1.0]
@@ -94,14 +95,14 @@ def test_a_signal_within_an_epoch_loses_nothing(script, extra, flags, tmp_path, 
     flags += ["--epochs", 3, "--batch_size", 8, "--accum_iter", 2, *extra]
     assert run_main(script, *flags) == 0
 
-    def signalled(seed, *position, seed_all=util.epoch.seed_all):
+    def signalled(seed, *position, seed_all=util.run.training.seed_all):
         seed_all(seed, *position)
         if position[:2] == (1, 3):
             signal.raise_signal(signal.SIGTERM)
 
     again = [*flags, "--output_dir", tmp_path / "again", "--resume", "auto"]
     with monkeypatch.context() as patch:
-        patch.setattr(util.epoch, "seed_all", signalled)
+        patch.setattr(util.run.training, "seed_all", signalled)
         assert run_main(script, *again) == 128 + signal.SIGTERM
     assert run_main(script, *again) == 0
     for name in ("last", "best"):

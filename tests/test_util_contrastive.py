@@ -10,8 +10,11 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from util.datasets import SeededDataset, open_dataset, train_loader
-from util_contrastive import TwoCrops, cut, decode
+from util.data.images import decode
+from util.data.loader import train_loader
+from util.data.order import SeededDataset
+from util.datasets import open_dataset
+from util_contrastive import TwoCrops, cut
 
 BOXES = [(4, 8, 200, 260), (100, 0, 224, 232)]  # top, left, height, width
 
@@ -72,25 +75,17 @@ def test_jpegs_are_decoded_at_the_scale_that_no_crop_outgrows(photo, size, expec
     [
         "cpu",
         pytest.param(
-            "cuda:0",
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+            "cuda:0", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
         ),
     ],
 )
 def test_views_finished_in_batches_are_those_finished_one_by_one(photos, device):
-    args = Namespace(
-        batch_size=8,
-        accum_iter=1,
-        seed=0,
-        num_workers=0,
-        pin_mem=True,
-        output_dir="",
-    )
+    args = Namespace(batch_size=8, accum_iter=1, seed=0, num_workers=0, pin_mem=True, output_dir="")
     batches = []
     for defer, where in ((False, "cpu"), (True, device)):
         transform = TwoCrops(32, defer)
         data = SeededDataset(open_dataset(str(photos), train=True), transform, args.seed)
-        loader = train_loader(data, args, torch.device(where), transform.finish)
+        loader = train_loader(data, args, torch.device(where), finish=transform.finish)
         loader.sampler.set_epoch(1)
         batches.append([views for views, _ in loader])
     assert len(batches[0]) == 6

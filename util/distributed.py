@@ -1,39 +1,22 @@
-"""One process or many: the group, who speaks for it, and how a script ends.
-
-One process is a group of size 1, so that nothing else has to ask.
-"""
+"""The process group, and what goes over it. One process is a group of size 1: nothing else asks."""
 
 import argparse
-import contextlib
-import ctypes
 import datetime
-import logging
-import multiprocessing
 import os
-import signal
-import socket
-import sys
-import threading
-import time
-import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from util.errors import Stopped, UserError
-from util.precision import choose_attention, resolve_precision
+from util.errors import UserError
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_store: dist.Store | None = None  # shared by all ranks; see _first_to_report
 _host_group: dist.ProcessGroup | None = None
 _patient_group: dist.ProcessGroup | None = None  # for `from_rank_zero`
-OTHERS_TIMEOUT = 1.0  # seconds that an error waits for others to meet it as well
 JOIN_TIMEOUT = datetime.timedelta(minutes=15)  # from the first process's start to the last's
-STEP_TIMEOUT = datetime.timedelta(minutes=10)  # a process that keeps others waiting longer hangs
+STEP_TIMEOUT = datetime.timedelta(minutes=10)  # a process that is later than this has hung
 RANK_ZERO_TIMEOUT = datetime.timedelta(hours=12)  # it may list a million files, or download them
 
 
@@ -50,7 +33,7 @@ def is_main_process() -> bool:
 
 
 def _place(args: argparse.Namespace) -> tuple[int, int, int]:
-    """Rank, rank on this machine and world size: from whatever launched us, else from flags."""
+    """Rank, rank on this machine and world size, from the launcher if there is one, else flags."""
     env = os.environ
     if args.dist_on_itp:
         prefix = "OMPI_COMM_WORLD_"
@@ -70,94 +53,74 @@ def _place(args: argparse.Namespace) -> tuple[int, int, int]:
     return rank, local_rank, world_size
 
 
-def _device(args: argparse.Namespace, local_rank: int) -> torch.device:
-    if (args.device or "cuda") == "cuda" and torch.cuda.is_available():
+def choose_device(name: str | None, local_rank: int) -> torch.device:
+    """This process's device, given `--device` and its rank on this machine.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if (name or "cuda") == "cuda" and torch.cuda.is_available():
         visible = torch.cuda.device_count()
-        # With srun --gpus-per-task=1 each task sees its own GPU alone.
+        # With srun --gpus-per-task=1 each task sees only its own GPU.
         bound = visible == 1 and os.environ.get("SLURM_LOCALID") == str(local_rank)
         index = 0 if bound else local_rank
         if index >= visible:
-            raise UserError(
-                f"process {local_rank} of this machine has no GPU of its own: there are {visible}"
-            )
+            raise UserError(f"process {local_rank} here has no GPU of its own: there are {visible}")
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
-    if args.device == "cuda":
-        raise UserError(
-            "--device cuda: no usable GPU here (torch.cuda.is_available() is false); "
-            "--device cpu trains without"
-        )
-    device = torch.device("cpu")
-    keep_freed_memory()
-    choose_attention(resolve_precision(args.precision, device))
-    return device
-
-
-def keep_freed_memory() -> None:
-    """Lets this process use again what it frees, where its C library is glibc.
-
-    glibc by default hands large blocks back to the system, which clears every page before a
-    process gets it anew: of a training step on a CPU, up to a fifth of the time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(ctypes.c_int(-3), ctypes.c_int(2**30))  # M_MMAP_THRESHOLD, bytes
-        mallopt(ctypes.c_int(-1), ctypes.c_int(-1))  # M_TRIM_THRESHOLD: never
+    if name == "cuda":
+        raise UserError("--device cuda: no usable GPU here; --device cpu trains without one")
+    return torch.device("cpu")
 
 
 def init_distributed_mode(args: argparse.Namespace) -> torch.device:
-    """Joins the process group (nccl on GPUs, gloo on CPUs) and sets up logging.
+    """Joins the process group: nccl on GPUs, gloo on CPUs.
 
     Args:
-        args: device, dist_url, and the fallbacks of launchers: world_size, local_rank, dist_on_itp.
+        args: device, dist_url, and where no launcher says them: world_size, local_rank,
+            dist_on_itp.
     Returns:
         This process's device.
     Raises:
         UserError: no such GPU, or the processes cannot meet at dist_url.
     """
-    global _store, _host_group, _patient_group
+    global _host_group, _patient_group
     rank, local_rank, world_size = _place(args)
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stdout,
-        force=True,
-    )
-    device = _device(args, local_rank)
-    # Under torchrun the processes meet at the launcher's store, which tcp:// on torch before 2.14
-    # takes for a store at the url's port, where nobody is.
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    url = "env://" if agent and not args.dist_on_itp else args.dist_url
-    try:
-        if world_size == 1:
-            _store = dist.HashStore()
-        else:
-            _store, _, _ = next(dist.rendezvous(url, rank, world_size, timeout=JOIN_TIMEOUT))
-        # The store of a single torchrun outlives its restarts, with the addresses of those who
-        # died. Several torchruns meet at a new store each time, and may count restarts differently.
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            _store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], _store)
-        # A launcher's store is there before the processes are, and nccl does not wait for them.
-        _store.set(f"here/{rank}", "")
-        _store.wait([f"here/{other}" for other in range(world_size)], JOIN_TIMEOUT)
-    except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: the network's, port in use
-        line = str(error).splitlines()[0]
-        raise UserError(f"--dist_url {args.dist_url}: the processes cannot meet: {line}") from None
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=_store,
-        rank=rank,
-        world_size=world_size,
-        timeout=STEP_TIMEOUT,
-    )
+    device = choose_device(args.device, local_rank)
+    store = _meet(args, rank, world_size)
+    group = {"store": store, "rank": rank, "world_size": world_size, "timeout": STEP_TIMEOUT}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **group)
     _host_group = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
     _patient_group = dist.new_group(backend="gloo", timeout=RANK_ZERO_TIMEOUT)
     return device
 
 
+def _meet(args: argparse.Namespace, rank: int, world_size: int) -> dist.Store:
+    """Waits for the other processes; returns the store that all of them share."""
+    # Under torchrun the processes use the launcher's store. Before torch 2.14, tcp:// would look
+    # for one at the url's port, which nobody hosts.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    url = "env://" if agent and not args.dist_on_itp else args.dist_url
+    try:
+        if world_size == 1:
+            store = dist.HashStore()
+        else:
+            store, _, _ = next(dist.rendezvous(url, rank, world_size, timeout=JOIN_TIMEOUT))
+        # The store of a single torchrun outlives its restarts, with the addresses of processes
+        # that died. Several torchruns make a new one each time, and may count restarts differently.
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        # A launcher's store exists before the processes do, and nccl does not wait for them.
+        store.set(f"here/{rank}", "")
+        store.wait([f"here/{other}" for other in range(world_size)], JOIN_TIMEOUT)
+    except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: the network's, port in use
+        line = str(error).splitlines()[0]
+        raise UserError(f"--dist_url {args.dist_url}: the processes cannot meet: {line}") from None
+    return store
+
+
 def host_group() -> dist.ProcessGroup:
-    """All ranks over gloo, for flags and objects that need no GPU."""
+    """All ranks over gloo, for flags and objects that stay on the host."""
     return _host_group
 
 
@@ -206,118 +169,3 @@ def gather_rows(rows: torch.Tensor, total: int) -> torch.Tensor:
     gathered = [torch.empty_like(padded) for _ in range(world_size)]
     dist.all_gather(gathered, padded)
     return torch.stack(gathered, dim=1).flatten(0, 1)[:total]
-
-
-def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Runs a script to its end: exit status 0, or 1 after one line for the user.
-
-    A process that fails ends at once, without waiting for others, and they notice.
-    """
-    try:
-        try:
-            main(args)
-        except UserError as error:
-            _fail(str(error))
-        except torch.OutOfMemoryError:
-            _fail("out of GPU memory: lower --batch_size (and raise --accum_iter to match)")
-        except Stopped:
-            raise
-        except Exception as error:
-            if get_world_size() == 1:
-                raise
-            if _is_of_a_peer(error):
-                _fail(
-                    "another process of this run died or hung, its own messages may say why; "
-                    "--resume auto goes on from the last save",
-                    of_a_peer=True,
-                )
-            traceback.print_exc()
-            _leave()
-        finally:
-            _end_loaders()
-            if dist.is_initialized():
-                dist.destroy_process_group()
-    except Stopped as stopped:  # also one that comes while an error is handled
-        after = " after saving; --resume auto goes on from here" if stopped.saved else ""
-        logger.info(f"stopped by {stopped}{after}")
-        sys.exit(128 + stopped.signal)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _is_of_a_peer(error: Exception) -> bool:
-    """Whether a collective failed because another process did not take part in it to the end."""
-    if isinstance(error, dist.DistError):  # nccl's, the store's
-        return True
-    gloos = ("gloo/transport", "Operation timed out!", "timeout caused pair closure")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in gloos)
-
-
-def _fail(message: str, of_a_peer: bool = False) -> None:
-    """One line from all ranks together, and status 1."""
-    if _first_to_report(of_a_peer):
-        # From a loader process the line arrives at the end of that process's traceback.
-        message = message.rsplit("UserError: ", 1)[-1].strip().replace("\n", "\\n")
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
-    _let_others_ask()
-    _leave()
-
-
-def _first_to_report(of_a_peer: bool) -> bool:
-    """True on the one rank that asks first: an error that all ranks meet is shown once.
-
-    Where nobody is left to ask, rank 0 has shown what others met as well; unless it was killed.
-    """
-    if _store is None or get_world_size() == 1:
-        return True
-    if of_a_peer:
-        time.sleep(OTHERS_TIMEOUT)  # a process that dies closes one connection after another
-    if _store_is_gone():
-        return of_a_peer
-    try:
-        return _store.add("errors_reported", 1) == 1
-    except RuntimeError:
-        return of_a_peer
-
-
-def _let_others_ask() -> None:
-    """Rank 0, which may hold the store, stays until all ranks have asked who reports."""
-    if get_world_size() == 1 or not is_main_process() or _store_is_gone():
-        return
-    end = time.monotonic() + OTHERS_TIMEOUT
-    with contextlib.suppress(RuntimeError):  # it ends meanwhile
-        while _store.add("errors_reported", 0) < get_world_size() and time.monotonic() < end:
-            time.sleep(0.05)
-
-
-def _store_is_gone() -> bool:
-    """Whether the process that holds the store has ended; asking it, torch would print a page."""
-    store = _store
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    if not isinstance(store, dist.TCPStore):
-        return False
-    try:
-        socket.create_connection((store.host, store.port), OTHERS_TIMEOUT).close()
-    except OSError:
-        return True
-    return False
-
-
-def _end_loaders() -> None:
-    """Ends loader processes that are left, which may be waiting for a file for ever."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would take it for an accident
-    for process in multiprocessing.active_children():
-        process.kill()
-
-
-def _leave() -> None:
-    """Ends this process with status 1."""
-    if get_world_size() == 1:
-        sys.exit(1)
-    _end_loaders()
-    # Taking the group down would wait for the others; those who wait for us notice that we left.
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(1)

@@ -2,15 +2,17 @@
 
 import signal
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
 
 class UserError(Exception):
     """One line that says what was given and what is allowed; shown without a traceback, exit 1."""
 
 
 class Stopped(BaseException):
-    """The run was asked to stop; `signal` is what asked, `saved` whether its state was saved.
+    """The run was asked to stop: `signal` is what asked, `saved` whether its state was saved.
 
-    As KeyboardInterrupt, it is no Exception: what meets garbage of any kind must let it pass.
+    Like KeyboardInterrupt it is no Exception, so that `except Exception` does not catch it.
     """
 
     def __init__(self, number: int, saved: bool = False):

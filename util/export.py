@@ -12,26 +12,26 @@ import torch
 from torch import Tensor
 
 from util.args import Parser
-from util.checkpoint import check_same, encoder_part, load
-from util.distributed import launch
 from util.errors import UserError
+from util.run.checkpoint import load
+from util.run.launch import launch
 from util.sizes import SIZES, image_side, size_of
+from util.weights import check_same, encoder_part
 
 
 def get_args_parser() -> Parser:
     parser = Parser(prog="util.export", description="Write a checkpoint's encoder for timm")
-    parser.add_argument(
-        "--checkpoint", required=True, help="path or URL; pretrained, probed or fine-tuned"
-    )
+    text = "path or URL; pretrained, probed or fine-tuned"
+    parser.add_argument("--checkpoint", required=True, help=text)
     parser.add_argument("--out", default="vit.safetensors", help="the file to write")
     return parser
 
 
 def timm_arguments(weights: dict[str, Tensor], source: str) -> dict:
-    """What `timm.create_model` is to be called with for an encoder's weights.
+    """The arguments of `timm.create_model` for an encoder's weights.
 
     Raises:
-        UserError: they are of no size in `SIZES`, or have no positions.
+        UserError: they are of no size in `SIZES`, or have no position embeddings.
     """
     name = size_of(weights, source)
     in_chans, side = weights["patch_embed.proj.weight"].shape[1], image_side(weights, source)

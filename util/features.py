@@ -1,4 +1,4 @@
-"""A data set's features under a frozen encoder, and k-nearest-neighbour classification of them.
+"""A dataset's features under a frozen encoder, and k-nearest-neighbour classification of them.
 
 Shapes: M images, D feature width, k neighbours.
 """
@@ -12,16 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from util.datasets import SeededDataset, eval_loader, eval_transform
+from util.data.loader import eval_loader
+from util.data.order import SeededDataset
+from util.data.transforms import eval_transform
 from util.distributed import gather_rows, get_rank, get_world_size, sum_over_ranks
 from util.errors import UserError
-from util.interrupt import no_poll, polled
 from util.precision import Precision
+from util.run.interrupt import no_poll, polled
 
 # Of the weighted vote (Wu et al. 2018), with the k of DINO (Caron et al. 2021).
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
-CHUNK = 1024  # images that vote at once: bounds the memory for their similarities
+CHUNK = 1024  # images classified at once: bounds the memory for their similarities
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Features(Dataset):
         return len(self.labels)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        _, index = key  # as `SeededDataset`'s, whose place it takes
+        _, index = key  # (epoch, index), as for `SeededDataset`
         return self.features[index], self.labels[index]
 
     def cpu(self) -> "Features":
@@ -50,13 +52,13 @@ def encode(
     precision: Precision,
     poll: Callable[[], None] = no_poll,
 ) -> Features:
-    """The features of all images of a data set, resized and centre-cropped; on the device.
+    """The features of all images of a dataset, resized and centre-cropped; on the device.
 
     Args:
         encoder: from images [N, C, H, W] to features [N, D].
         dataset: of (PIL image, label) pairs; the processes share the work.
         args: input_size, seed, batch_size, num_workers, pin_mem, output_dir.
-        poll: called after each batch, on every rank equally often.
+        poll: called after each batch, equally often on every rank.
     Raises:
         UserError: fewer images than processes, or too many that are not readable.
     """
@@ -100,5 +102,5 @@ def encoder_knn(
     precision: Precision,
     poll: Callable[[], None] = no_poll,
 ) -> float:
-    """Accuracy in percent on the images of `val` with those of `train` as neighbours."""
+    """Top-1 accuracy in percent on the images of `val`, with those of `train` as neighbours."""
     return knn_accuracy(*(encode(encoder, part, args, precision, poll) for part in (train, val)))

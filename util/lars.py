@@ -23,15 +23,8 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         trust_coefficient: float = 0.001,
     ):
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "momentum": momentum,
-                "trust_coefficient": trust_coefficient,
-            },
-        )
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(params, defaults | {"trust_coefficient": trust_coefficient})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -1,4 +1,4 @@
-"""MAE's `misc`: the process group's helpers under their known names, and the metric logger."""
+"""MAE's `misc`: the process group's helpers under their known names, seeding, metric means."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -16,24 +16,18 @@ from util.distributed import (
     mean_over_ranks,
 )
 
-__all__ = [
-    "MetricLogger",
-    "get_rank",
-    "get_world_size",
-    "init_distributed_mode",
-    "is_main_process",
-    "seed_all",
-]
+__all__ = ["MetricLogger", "seed_all"]
+__all__ += ["get_rank", "get_world_size", "init_distributed_mode", "is_main_process"]
 
 
 def seed_all(*position: int) -> None:
     """Seeds torch and numpy by a position in the run, such as (seed, epoch, step, rank).
 
-    Done before every step, it makes a run's random numbers a function of where it stands, so that
-    a resumed run draws what the uninterrupted one would have drawn.
+    Called before every step, it makes the random numbers a function of the position, so a resumed
+    run draws what the uninterrupted one would have drawn.
     """
     seed, *rest = position
-    # The key's first number keeps these streams apart from the augmentations' (util.datasets).
+    # The key's first number separates these streams from the augmentations' (util.data.order).
     words = np.random.SeedSequence(seed, spawn_key=(1, *rest)).generate_state(2)
     torch.manual_seed(int(words[0]))
     np.random.seed(words[1])
@@ -41,7 +35,7 @@ def seed_all(*position: int) -> None:
 
 @dataclass
 class _Tally:
-    """Sums over a stretch of the run."""
+    """Sums over a part of the run."""
 
     sums: dict = field(default_factory=dict)  # metric -> sum over updates
     updates: int = 0
@@ -66,30 +60,29 @@ class _Tally:
         return means
 
 
-def _share(tallies: list[dict]) -> dict:
-    """What each rank would have measured, had there been as many as now."""
-    ranks = len(tallies)
-    sums = {name: sum(t["sums"][name] for t in tallies) / ranks for name in tallies[0]["sums"]}
-    images = sum(tally["images"] for tally in tallies) / get_world_size()
-    return tallies[0] | {"sums": sums, "images": images}
-
-
 class MetricLogger:
-    """Means of metrics that stay on the device until somebody looks.
+    """Means of metrics over an epoch; they stay on the device until they are asked for.
 
-    `update` only adds; `window` fetches the means since the last look, over all ranks, with one
+    `update` only adds; `window` fetches the means since the last call, over all ranks, with one
     transfer; `epoch` gives the means over all windows. Both also hold `images_per_second` of all
-    ranks and `data_wait`, the share of time spent waiting for the loader; or nothing, where there
-    was no update. `last` is what was logged last, for a run that goes on from there.
+    ranks and `data_wait`, the share of time spent waiting for the loader; without any update they
+    are empty.
+
+    Attributes:
+        last: the last window that was not empty, for a run that resumes there.
     """
 
     def __init__(self):
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts an epoch."""
         self._window, self._epoch = _Tally(), _Tally()
         self.last: dict[str, float] = {}
         self._since = time.perf_counter()
 
     def watch(self, loader: Iterable) -> Iterator:
-        """Iterates over the loader, taking the time spent waiting for it."""
+        """Iterates over the loader, measuring the time spent waiting for it."""
         batches = iter(loader)
         while True:
             begin = time.perf_counter()
@@ -104,8 +97,8 @@ class MetricLogger:
         """Adds scalars of one step over a number of images of this rank."""
         self._window.add(metrics, updates=1, images=images, wait=0.0, seconds=0.0)
 
-    def window(self) -> dict[str, float]:
-        """Means since the last call."""
+    def window(self, **others: Tensor | float) -> dict[str, float]:
+        """Means since the last call, and other values of this rank to log with them."""
         window, self._window = self._window, _Tally()
         if window.sums:
             sums = mean_over_ranks(torch.stack(list(window.sums.values()))).tolist()
@@ -113,7 +106,10 @@ class MetricLogger:
         now = time.perf_counter()  # after the transfer: all of the window's work is done
         window.seconds, self._since = now - self._since, now
         self._epoch.add(**vars(window))
-        return window.means()
+        if not (means := window.means()):
+            return {}
+        self.last = means | {name: float(value) for name, value in others.items()}
+        return self.last
 
     def epoch(self) -> dict[str, float]:
         """Means over all windows so far."""
@@ -127,13 +123,11 @@ class MetricLogger:
         return {"window": window, "epoch": dict(vars(self._epoch)), "last": self.last}
 
     def load_state_dicts(self, states: list[dict], device: torch.device) -> None:
-        """Takes up where all ranks' `state_dict` were taken; other ranks share alike."""
-        if len(states) == get_world_size():
-            state = states[get_rank()]
-        else:
-            parts = ("window", "epoch")
-            state = {part: _share([state[part] for state in states]) for part in parts}
+        """Continues from the `state_dict` of each rank; with other ranks the means start anew."""
         self.last = states[0].get("last", {})  # older checkpoints have none
+        if len(states) != get_world_size():
+            return
+        state = states[get_rank()]
         self._window, self._epoch = _Tally(**state["window"]), _Tally(**state["epoch"])
         self._window.sums = {k: v.to(device) for k, v in self._window.sums.items()}
         self._since = time.perf_counter() - self._window.seconds

@@ -61,10 +61,8 @@ def size_of(weights: dict[str, Any], source: str | Path) -> str:
     for name, size in SIZES.items():
         if (size.embed_dim, size.depth, size.patch_size) == (embed_dim, depth, patch):
             return name
-    raise UserError(
-        f"{source} is of no known size: width {embed_dim}, depth {depth}, patch {patch}; "
-        f"known are {', '.join(SIZES)}"
-    )
+    found = f"width {embed_dim}, depth {depth}, patch {patch}"
+    raise UserError(f"{source} is of no known size: {found}; known are {', '.join(SIZES)}")
 
 
 def image_side(weights: dict[str, Any], source: str | Path) -> int:

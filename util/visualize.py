@@ -8,27 +8,43 @@ import argparse
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchvision.utils import make_grid, save_image
 
-from util import checkpoint
 from util.args import Parser, number
-from util.datasets import IMAGENET_MEAN, IMAGENET_STD, open_dataset, preview_images
-from util.distributed import launch
+from util.data.loader import warn_of
+from util.data.order import SeededDataset
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from util.datasets import open_dataset
+from util.distributed import is_main_process
 from util.errors import UserError
+from util.run.checkpoint import load
+from util.run.launch import launch
 
 PREVIEW_IMAGES = 8
 MASK_SEED = 0  # the same patches are removed every time, so that grids compare
-MIN_TILE = 112  # pixels; smaller images are magnified to be seen
+MIN_TILE = 112  # pixels; smaller images are magnified
+
+
+def preview_images(dataset: Dataset, count: int, input_size: int) -> Tensor:
+    """Images [count, 3, input_size, input_size] spread over a dataset, normalised."""
+    data = SeededDataset(dataset, eval_transform(input_size, crop=1.0), seed=0)
+    indices = np.linspace(0, len(data) - 1, min(count, len(data))).astype(int)
+    images, _, bad = zip(*(data[0, int(i)] for i in indices), strict=True)
+    if is_main_process():
+        warn_of({name: reason for name, reason in bad if name})
+    return torch.stack(images)
 
 
 @torch.no_grad()
 def reconstruct(model: nn.Module, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
     """The images as seen and as reconstructed, both [N, 3, H, W] in normalised pixels.
 
-    Removed patches are grey in the first. In the second, visible patches are the true ones, since
-    the model predicts noise there, and removed ones are predictions, with per-patch normalisation
+    In the first, removed patches are grey. In the second, visible patches are the true ones, since
+    the model predicts noise there; removed ones are predictions, with per-patch normalisation
     undone.
 
     Args:
@@ -38,7 +54,7 @@ def reconstruct(model: nn.Module, imgs: Tensor, mask_ratio: float) -> tuple[Tens
     model.eval()
     with torch.random.fork_rng(devices=[imgs.device] if imgs.is_cuda else []):
         torch.manual_seed(MASK_SEED)
-        # Not as a call, for which `--compile` would compile the model again.
+        # Not model(imgs), for which `--compile` would compile the model again.
         parts = model.forward(imgs, mask_ratio=mask_ratio)
     model.train(was_training)
 
@@ -61,39 +77,31 @@ def reconstruction_grid(model: nn.Module, imgs: Tensor, mask_ratio: float) -> Te
     return (grid.clamp(0, 1) * 255).round().byte().cpu()
 
 
+# fmt: off
 def get_args_parser() -> Parser:
     parser = Parser(prog="util.visualize", description="Draw a checkpoint's reconstructions")
-    parser.add_argument("--checkpoint", required=True, help="a pretraining checkpoint")
-    parser.add_argument(
-        "--data_path", required=True, help="folder or name of the images, as in pretraining"
-    )
-    parser.add_argument("--out", default="reconstructions.png", help="the PNG to write")
-    parser.add_argument(
-        "--mask_ratio",
-        type=number(float, 0, 1),
-        default=None,
-        help="if not given, the checkpoint's own, else MAE's 0.75",
-    )
-    parser.add_argument(
-        "--norm_pix_loss",
-        action="store_true",
-        help="how the model was trained, where the checkpoint does not say",
-    )
-    parser.add_argument("--images", type=number(int, 1), default=PREVIEW_IMAGES)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a pretraining checkpoint")
+    add("--data_path", required=True, help="folder or name of the images, as in pretraining")
+    add("--out", default="reconstructions.png", help="the PNG to write")
+    add("--mask_ratio", type=number(float, 0, 1),
+        help="default: the checkpoint's own, or else MAE's 0.75")
+    add("--norm_pix_loss", action="store_true",
+        help="how the model was trained, if the checkpoint does not say")
+    add("--images", type=number(int, 1), default=PREVIEW_IMAGES, help="how many to draw")
     return parser
+# fmt: on
 
 
 def main(args: argparse.Namespace) -> None:
-    from model_mae import model_from_checkpoint  # this command needs one; the functions do not
+    from model_mae import model_from_checkpoint  # only this command needs it
 
-    state = checkpoint.load(args.checkpoint)
+    state = load(args.checkpoint)
     model = model_from_checkpoint(state, args.checkpoint, args.norm_pix_loss)
     if not model.reconstruct:
         raise UserError(f"{args.checkpoint} was trained without reconstruction (--weight_mae 0)")
     flags = state.get("args", {})
     mask_ratio = flags.get("mask_ratio", 0.75) if args.mask_ratio is None else args.mask_ratio
-    if not isinstance(mask_ratio, float | int) or not 0 <= mask_ratio < 1:
-        raise UserError(f"{args.checkpoint}: its mask_ratio is {mask_ratio}: give --mask_ratio")
     dataset = open_dataset(args.data_path, train=True)
     imgs = preview_images(dataset, args.images, model.patch_embed.img_size[0])
     grid = reconstruction_grid(model, imgs, mask_ratio)

@@ -1,6 +1,6 @@
 """Tables of `study.py`'s logs, in Markdown.
 
-    python benchmarks/study_tables.py
+    python benchmarks/study/tables.py
 
 Absolute numbers are means over seeds, with the standard error of that mean where there are two
 seeds or more. Differences from CAN have a standard error of two parts:

@@ -11,17 +11,15 @@ import torch
 import torch.distributed as dist
 
 from util.distributed import from_rank_zero, get_world_size, host_group
-from util.errors import Stopped
+from util.errors import STOP_SIGNALS, Stopped
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
 
 class Interrupts:
-    """Stop requests and save intervals, of whichever rank has one first.
+    """Stop requests and save intervals, from whichever rank has one first.
 
-    Until the first `poll` there is nothing to save: a signal ends this process at once.
+    Before the first `poll` there is nothing to save: a signal then ends this process at once.
 
     Args:
         save_interval: seconds between saves within an epoch.
@@ -31,7 +29,7 @@ class Interrupts:
         self.save_interval = save_interval
         self._requested = 0  # the signal that asked this rank to stop
         self._polled = False
-        # Flags travel beside the gradients and are read one step late: no rank waits.
+        # The flags are reduced beside the gradients and read one step late, so no rank waits.
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
         self.saved()
         for number in STOP_SIGNALS:
@@ -45,7 +43,7 @@ class Interrupts:
             logger.warning("saving at the next step, then stopping; Ctrl-C again stops at once")
 
     def poll(self) -> tuple[int, bool]:
-        """Once per optimiser step, on every rank: the signal to stop for (0: none), save now?
+        """Once per optimizer step, on every rank: the signal to stop for (0: none), save now?
 
         All ranks get the same answer at the same step.
         """
@@ -67,40 +65,34 @@ class Interrupts:
         return int(flags[0]), due
 
     def saved(self) -> None:
-        """Starts the interval to the next save; every rank calls it after the same step."""
+        """Restarts the save interval; every rank calls it after the same step."""
         self._since = time.monotonic()
-        self._late = self._pending is not None  # what is under way asked for this very save
+        self._late = self._pending is not None  # flags on their way asked for the save just made
 
 
 def _handle(number: int, handler: Callable) -> None:
-    if threading.current_thread() is threading.main_thread():  # no other can
+    if threading.current_thread() is threading.main_thread():  # no other may
         signal.signal(number, handler)
 
 
 def _stop_at_once(number: int, _frame: object) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second one need not be so gentle
+    signal.signal(number, signal.SIG_DFL)  # a second signal kills
     raise Stopped(number)
 
 
-def ignore_signals(*_: object) -> None:
-    """For loader processes: stopping is their parent's business, whoever gets the signal."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def polled(loader: Sized, poll: Callable[[], None]) -> Iterator[Any]:
-    """A loader's batches with a `poll` after each, as often on every rank.
+    """A loader's batches with a `poll` after each, equally often on every rank.
 
     Args:
-        loader: rank 0's has as many batches as any other rank's.
+        loader: rank 0's has as many batches as any other rank's, or more.
     """
     most = from_rank_zero(lambda: len(loader))
     for batch in loader:
         yield batch
         poll()
-    for _ in range(most - len(loader) + 1):  # one more, since a poll reads what the last one asked
+    for _ in range(most - len(loader) + 1):  # one more, since a poll reads the last one's flags
         poll()
 
 
 def no_poll() -> None:
-    """Where there is nothing to save: a signal then ends the process at once."""
+    """For evaluations where nothing can be saved: a signal then ends the process at once."""

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: every rank sees the same, and acts alike."""
+"""Losses, gradients and weights that are not finite: all ranks see the same and act alike."""
 
 import logging
 import math
@@ -13,19 +13,19 @@ from util.errors import UserError
 logger = logging.getLogger(__name__)
 
 GRADIENT = "gradient norm"
-# From 2^16, float16's loss scale has then shrunk so far that no gradient overflows for its size.
+# From 2^16 on, float16's loss scale has by then become so small that no finite gradient overflows.
 OVERFLOWS = 40
 
 
 class FiniteCheck:
-    """Ends a run, or leaves out a step, whose loss or gradient is not finite.
+    """Ends a run, or skips a step, when its loss or gradient is not finite.
 
     What a step measured is averaged over the ranks. It is read one step late, when the device is
-    done with it and nobody has to wait; where steps may be left out, at once.
+    done with it and nobody has to wait; at once where steps may be skipped.
 
     Args:
-        skips: how many steps in a row may be left out.
-        scaled: float16's loss scaling is on: it leaves out steps of infinite gradients by itself.
+        skips: how many steps in a row may be skipped.
+        scaled: float16's loss scaling is on; it skips steps with infinite gradients by itself.
     """
 
     def __init__(self, skips: int, scaled: bool):
@@ -34,11 +34,11 @@ class FiniteCheck:
         self._pending: tuple[str, list[str], Tensor, torch.cuda.Event | None] | None = None
 
     def step(self, place: str, values: dict[str, Tensor]) -> bool:
-        """Looks at a step before its update; says whether to make that.
+        """Checks a step before its update; returns whether to make the update.
 
         Args:
             place: of the step, for messages.
-            values: scalars: the losses of this rank, and as `GRADIENT` the gradient's norm.
+            values: scalars: this rank's losses, and as `GRADIENT` the gradient's norm.
         Raises:
             UserError: as `settle`.
         """
@@ -52,23 +52,20 @@ class FiniteCheck:
         return self.skips == 0 or self.settle()
 
     def weights(self, place: str, model: nn.Module) -> None:
-        """Looks at what an update has made of a model.
+        """Checks a model after an update.
 
         Raises:
             UserError: a weight or statistic is not finite; on all ranks.
         """
         tensors = [t for t in model.state_dict().values() if t.is_floating_point()]
         if not mean_over_ranks(get_total_norm(tensors, foreach=True)).isfinite():
-            raise UserError(
-                f"weights are not finite after {place}; they are not saved: the last checkpoint is "
-                "from before"
-            )
+            raise UserError(f"weights are not finite after {place}; they are not saved")
 
     def settle(self) -> bool:
-        """Reads what has not been read yet; False if that step's update must be left out.
+        """Reads the pending step, if any; False if its update must be skipped.
 
         Raises:
-            UserError: what it read is not finite, once too often; on all ranks.
+            UserError: it is not finite, and no more steps may be skipped; on all ranks.
         """
         if self._pending is None:
             return True
@@ -85,8 +82,8 @@ class FiniteCheck:
         shown = dict.fromkeys([*bad, GRADIENT])
         line = ", ".join(f"{name} is {values[name]:.3g}" for name in shown) + f" at {place}"
         if self._in_a_row[overflow] > (OVERFLOWS if overflow else self.skips):
-            raise UserError(f"{line}; what is not finite is not saved: the last checkpoint is good")
+            raise UserError(f"{line}; nothing that is not finite was saved")
         if not overflow and is_main_process():
             skipped = f"{self._in_a_row[False]} in a row of {self.skips} allowed"
-            logger.warning(f"warning: {line}; step left out, {skipped}")
+            logger.warning(f"warning: {line}; step skipped, {skipped}")
         return overflow

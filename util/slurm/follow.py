@@ -1,4 +1,4 @@
-"""Follows submitted jobs to their end: what they log, how they stand, why they failed."""
+"""Follows submitted jobs to their end: prints their logs, states, and why they failed."""
 
 import re
 import subprocess
@@ -10,21 +10,21 @@ from pathlib import Path
 import submitit
 
 POLL_S = 2.0  # between two looks at a job
-# Final states. Not among them PREEMPTED and REQUEUED, which come before another start.
+# Final states; PREEMPTED and REQUEUED are followed by another start.
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL"}
 ENDED |= {"DEADLINE", "REVOKED", "GONE"}  # the last is ours
 ENDED |= {"FINISHED", "INTERRUPTED"}  # submitit's words for processes of this machine
 
 START = "Starting with JobEnvironment"  # submitit's line; a log holds all starts of a job
-# What tells in a log why a process ended.
-USER_ERROR = r"^\S+\.py: error: (?!another process).+"  # what that one met is the cause
+# Lines of a log that say why a process ended.
+USER_ERROR = r"^\S+\.py: error: (?!another process).+"  # a lost peer is not the cause
 EXCEPTION = r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*"
 TASK_ENDED = r"^srun: error: .+: tasks? \d.+"  # in rank 0's log; the first is the cause
 SLURM_ERROR = r"^slurmstepd.*: error: .+"
 
 
 def slurm_states(job_ids: Iterable[str]) -> dict[str, str]:
-    """The state of each job: GONE where SLURM has forgotten it, UNKNOWN where it does not answer.
+    """The state of each job: GONE if SLURM has forgotten it, UNKNOWN if it does not answer.
 
     From squeue, since sacct needs a database that not every cluster has.
     """
@@ -43,12 +43,12 @@ def _states(jobs: list[submitit.Job]) -> list[str]:
 
 
 def follow(jobs: dict[str, submitit.Job]) -> int:
-    """Prints what rank 0 of each job logs until all have ended.
+    """Prints rank 0's log of each job until all have ended.
 
     Args:
-        jobs: by the label that their lines begin with.
+        jobs: by the label to print before their lines.
     Returns:
-        0 if all succeeded, 1 if one failed, 130 if interrupted; the jobs then go on.
+        0 if all succeeded, 1 if one failed, 130 if interrupted; the jobs then continue.
     """
     running, seen, offsets, failed = dict(jobs), {}, dict.fromkeys(jobs, 0), False
     try:
@@ -71,7 +71,7 @@ def follow(jobs: dict[str, submitit.Job]) -> int:
             if running:
                 time.sleep(POLL_S)
     except KeyboardInterrupt:
-        print("no longer followed; the job goes on", file=sys.stderr)
+        print("no longer followed; the job continues", file=sys.stderr)
         return 130
     return int(failed)
 
@@ -96,7 +96,7 @@ def _all_results(job: submitit.Job) -> bool:
 
 
 def _causes(job: submitit.Job) -> list[str]:
-    """Why a job's last start failed: the line meant for the user, else how its processes ended."""
+    """Why a job's last start failed: its error lines, or else how its processes ended."""
     logs = [job.task(rank).paths.stdout for rank in range(job.num_tasks)]
     texts = [log.read_text(errors="replace") if log.exists() else "" for log in logs]
     texts = [text.rpartition(START)[2] for text in texts]

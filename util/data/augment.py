@@ -1,57 +1,28 @@
 """SimCLR's pixel augmentation on batches of tensors, each image with parameters of its own.
 
-Images are [N, 3, H, W], float in 0 .. 255; parameters are drawn one image at a time, on the CPU,
-and used for whole batches, on whichever device holds the images. Equal to torchvision's functional
-transforms but for rounding to whole levels in between, which is not done.
+Images are [N, 3, H, W], float in 0 .. 255; parameters are drawn for one image at a time, on the
+CPU (`util_contrastive.draw_parameters`), and used for whole batches, on the device of the images.
+Equal to torchvision's functional transforms, except that nothing is rounded in between.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-import torchvision.transforms as T
 from torch import Tensor
 
-from util.datasets import IMAGENET_MEAN, IMAGENET_STD
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 LUMA = (0.2989, 0.587, 0.114)  # grey level of R, G, B (ITU-R BT.601, torchvision's digits)
 
-# SimCLR's strengths, as in the public CAN release.
-JITTER_P, GREY_P, BLUR_PROB = 0.8, 0.2, 0.5
-JITTER = T.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
-BLUR_SIGMA = (0.1, 2.0)  # pixels
 BLUR_RADIUS = 3  # sigmas, rounded up to whole pixels
 
-CPU_PIXELS = 2**14  # of the images done at once: what caches hold, and many small images at once
+CPU_PIXELS = 2**14  # of the images processed at once: what caches hold
 
-# One image's parameters: blends (before hue, after it, and one for greyscale), hue, sigma.
-# A blend [own, grey, mean] makes of a pixel: own x pixel + grey x its luma + mean x the image's
-# mean luma.
+# One image's parameters: blends (before hue, after it, and one for greyscale), hue, sigma. A blend
+# [own, grey, mean] turns a pixel into own x pixel + grey x its luma + mean x the image's mean luma.
 IDENTITY = (1.0, 0.0, 0.0)
 BEFORE, AFTER = 3, 4  # blends
-
-
-def draw_parameters(blur_prob: float = BLUR_PROB) -> Tensor:
-    """One view's parameters [23], from torch's random state, distributed as torchvision's."""
-    before, after, hue = [], [], 0.0
-    if torch.rand(()).item() < JITTER_P:
-        order, b, c, s, h = JITTER.get_params(
-            JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue
-        )
-        blends = {0: (b, 0.0, 0.0), 1: (c, 0.0, 1 - c), 2: (s, 1 - s, 0.0)}
-        slot = before
-        for operation in order.tolist():
-            if operation == 3:
-                hue, slot = h, after
-            else:
-                slot.append(blends[operation])
-    before += [IDENTITY] * (BEFORE - len(before))
-    after += [IDENTITY] * (AFTER - 1 - len(after))
-    after.append((0.0, 1.0, 0.0) if torch.rand(()).item() < GREY_P else IDENTITY)
-    sigma = 0.0
-    if torch.rand(()).item() < blur_prob:
-        sigma = torch.empty(()).uniform_(*BLUR_SIGMA).item()
-    return torch.tensor([v for blend in before + after for v in blend] + [hue, sigma])
 
 
 def augment(crops: Tensor, parameters: Tensor) -> Tensor:
@@ -59,8 +30,8 @@ def augment(crops: Tensor, parameters: Tensor) -> Tensor:
 
     Args:
         crops: uint8 [N, 3, H, W], on any device.
-        parameters: `draw_parameters`' [N, 23], on the CPU: what no image of the batch wants is
-            skipped, without asking the device.
+        parameters: [N, 23], on the CPU: operations that no image of the batch needs are skipped
+            without asking the device.
     Returns:
         float32 [N, 3, H, W], normalised by ImageNet's mean and deviation.
     """
@@ -80,7 +51,7 @@ def augment(crops: Tensor, parameters: Tensor) -> Tensor:
     for i, weights in enumerate(blends):
         if i == BEFORE and largest_shift:
             shifted = shift_hue(imgs, shift)
-            if not least_shift:  # a shift of 0 rounds: an image must not depend on its batch
+            if not least_shift:  # a shift of 0 would round: images must not depend on their batch
                 shifted = torch.where(shift[:, None, None, None] == 0, imgs, shifted)
             imgs = shifted
         if wanted[i]:
@@ -105,9 +76,9 @@ def blend(imgs: Tensor, weights: Tensor) -> Tensor:
 
 
 def shift_hue(imgs: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by each image's shift [N], in turns of the colour circle.
+    """Shifts the hue by each image's shift [N], in turns of the colour circle.
 
-    HSV's conversion there and back, written without branches and remainders, which are slow.
+    The conversion to HSV and back, without branches and remainders, which are slow.
     """
     red, green, blue = imgs.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
@@ -136,7 +107,7 @@ def blur(imgs: Tensor, sigma: Tensor, radius: int) -> Tensor:
     Args:
         sigma: each image's deviation [N] in pixels; 0 leaves an image as it is. Kernels reach
             `BLUR_RADIUS` sigma, rounded up to whole pixels.
-        radius: the largest kernel's, in pixels; cut off where it reaches past a reflected border.
+        radius: the largest kernel's, in pixels; shortened if it reaches past a reflected border.
     """
     radius = min(radius, min(imgs.shape[2:]) - 1)
     steps = torch.arange(radius + 1, device=imgs.device)

@@ -1,22 +1,22 @@
-"""What files lie below a folder: listed once, and kept beside the output for the next start."""
+"""The files below a folder: listed once, and kept beside the output for the next start."""
 
 import json
 import os
 import time
 from pathlib import Path
 
-WORTH_KEEPING = 10_000  # files; fewer are listed in less than a second even on slow disks
-SETTLED = 2 * 10**9  # nanoseconds: a file system's clock may be as coarse as that
+WORTH_KEEPING = 10_000  # files; fewer are listed within a second even on slow disks
+SETTLED = 2 * 10**9  # nanoseconds: the clocks of some file systems are as coarse as that
 
 _unwritten: dict[Path, dict] = {}  # by cache file
 
 
 def list_files(root: Path, cache: Path | None = None) -> dict[str, list[str]]:
-    """Sorted file names by folder, "" for the root itself and "a/b" below it; links are followed.
+    """Sorted file names by folder, "" for the root itself, "a/b" below it; links are followed.
 
     Args:
-        cache: a file of `root`'s names. It is believed as long as no folder's modification time
-            is another, as it is when files or folders were added, removed or renamed. Where there
+        cache: a file with `root`'s names. It is valid as long as the modification time of every
+            folder is unchanged: adding, removing or renaming files or folders changes it. If there
             are many files, the next `write_lists` writes it.
     Raises:
         PermissionError: a folder is not readable.
@@ -31,7 +31,7 @@ def list_files(root: Path, cache: Path | None = None) -> dict[str, list[str]]:
         times[relative] = os.stat(folder).st_mtime_ns
         listing[relative] = sorted(names)
     listing = {folder: listing[folder] for folder in sorted(listing)}
-    settled = max(times.values()) < time.time_ns() - SETTLED  # else a change may still go unseen
+    settled = max(times.values()) < time.time_ns() - SETTLED  # else a change might go unnoticed
     if cache and settled and sum(map(len, listing.values())) >= WORTH_KEEPING:
         _unwritten[cache] = {"root": str(root.resolve()), "times": times, "files": listing}
     return listing
@@ -54,7 +54,7 @@ def _read(root: Path, cache: Path) -> dict[str, list[str]] | None:
 
 
 def write_lists() -> None:
-    """Writes the caches of what was listed: once a run has begun that may have an output folder."""
+    """Writes the lists to their caches; to be called once the run has its output folder."""
     while _unwritten:
         cache, content = _unwritten.popitem()
         temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
@@ -62,4 +62,4 @@ def write_lists() -> None:
             temporary.write_text(json.dumps(content))
             os.replace(temporary, cache)
         except OSError:
-            temporary.unlink(missing_ok=True)  # only time is lost
+            temporary.unlink(missing_ok=True)  # the next start lists them again

@@ -1,12 +1,12 @@
 """Does CAN learn better features than its parts? A sweep over this project's own scripts.
 
-    python benchmarks/study.py --data_path CIFAR10 --log_dir logs --jobs 2
-    python benchmarks/study.py --data_path CIFAR10 --log_dir logs --jobs 2 --what ablations
+    python benchmarks/study/study.py --data_path CIFAR10 --log_dir logs --jobs 2
+    python benchmarks/study/study.py --data_path CIFAR10 --log_dir logs --jobs 2 --what ablations
 
 `--data_path` is a folder with train/ and val/, such as an ImageFolder of CIFAR-10, or `cifar10`
 (torchvision's, downloaded). Every run is pretraining and its probes, a process each, on the GPU if
 there is one; its log is LOGS/WHAT/NAME-SEED.json. What has a log is not run again, and what was
-interrupted goes on where it was. `study_tables.py` and `study_figures.py` show what the logs say.
+interrupted goes on where it was. `tables.py` and `draw.py` show what the logs say.
 
 Test images are for the final numbers alone: of each training the last epoch counts, not the best.
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import paths
 import torch
 import torchvision
 from common import ROOT, describe_machine
@@ -32,12 +33,15 @@ from flops import forward_flops
 from torch.utils.data import DataLoader
 
 from model_vit import build_probe
-from util.args import number, seeds
-from util.checkpoint import LAST, load
-from util.datasets import SeededDataset, eval_transform, open_dataset
+from util.args import number
+from util.data.order import SeededDataset
+from util.data.transforms import eval_transform
+from util.datasets import open_dataset
+from util.run.checkpoint import LAST, load
 from util.sizes import SIZES
+from util.slurm.flags import seeds
 
-LOGS = ROOT / "benchmarks" / "study"
+LOGS = paths.STUDY / "logs"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as the scripts choose it
 SIDE = 32  # of the images, in pixels
 PRETRAIN = "--blr 2e-3 --warmup_epochs 2 --blur_prob 0"
@@ -62,7 +66,7 @@ class Run(NamedTuple):
         flags: main_pretrain.py's; None for no pretraining.
         flops: the objective whose forward pass counts, to train as long as CAN in these; None to
             train as many epochs.
-        variant: what `study_variants.py` changes in the model, which no flag does.
+        variant: what `variants.py` changes in the model, which no flag does.
         processes: that share the batch.
         shares: of the labels that linear probes get, as in `SHARES`.
         supervised: no pretraining, but fine-tuning from random weights.
@@ -267,10 +271,10 @@ def train(run: Run, launch: Launcher, size: str, flags: str, folder: Path, data:
     words = ["main_pretrain.py", f"--model mae_vit_{size} {flags} {PRETRAIN} {run.flags}"]
     analyse = f"--checkpoint {folder / LAST} --data_path {data}"
     if run.variant:
-        words = ["benchmarks/study_variants.py", run.variant, words[1]]
+        words = ["benchmarks/study/variants.py", run.variant, words[1]]
         analyse += f" --variant {run.variant}"
     launch(*words, processes=run.processes)
-    analysis = json.loads(launch("benchmarks/study_analysis.py", analyse))
+    analysis = json.loads(launch("benchmarks/study/analysis.py", analyse))
     return {"analysis": analysis, "training": epochs_log(folder)}
 
 

@@ -1,11 +1,12 @@
 """Draws can.png, the README's figure of the method, around one of scikit-learn's digits.
 
-python -m util.figure --out can.png
+python benchmarks/figure.py
 """
 
 import argparse
 
 import numpy as np
+from common import ROOT
 from PIL import Image, ImageDraw, ImageFont
 
 from util.datasets import Digits
@@ -107,5 +108,5 @@ def draw() -> Image.Image:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="can.png", help="the PNG to write")
+    parser.add_argument("--out", default=ROOT / "can.png", help="the PNG to write")
     draw().save(parser.parse_args().out, optimize=True)

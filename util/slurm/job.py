@@ -1,4 +1,4 @@
-"""What runs in each task of a submitted job: a script, resumed where the job stood before."""
+"""What runs in each task of a submitted job: a script, resumed if the job ran before."""
 
 import argparse
 import importlib
@@ -12,21 +12,21 @@ from pathlib import Path
 
 import submitit
 
-from util.follow import slurm_states
+from util.slurm.follow import slurm_states
 
 
 class Job:
     """A script's run over all starts of a job.
 
     A stop request (time limit, preemption) reaches the training loop, which saves at its next step
-    on all ranks and ends; rank 0 then has the job requeued. Its next start resumes that. A job
-    that SLURM itself requeues (`scontrol requeue`, a failed node) does so from the last save.
+    on all ranks and ends; rank 0 then requeues the job, and its next start resumes from there. A
+    job that SLURM requeues by itself (`scontrol requeue`, a failed node) resumes the last save.
 
     Args:
         module: the script's name, such as main_pretrain.
         args: its flags; %j in a folder's name becomes the job's id.
         requeue_limit: starts after the first.
-        restarts: so far, where SLURM does not count them.
+        restarts: so far, if SLURM does not count them.
     """
 
     def __init__(
@@ -39,35 +39,35 @@ class Job:
         try:
             self._run(submitit.JobEnvironment())
         except Exception:
-            # Otherwise submitit would pickle the traceback, raise again and log it twice.
+            # submitit would pickle the traceback, raise it again and log it twice.
             traceback.print_exc()
             sys.exit(1)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """The job's next start; submitit calls this on rank 0 alone: nothing collective in here."""
+        """The job's next start. submitit calls this on rank 0 only: nothing here is collective."""
         again = Job(self.module, self.args, self.requeue_limit, self.restarts + 1)
         return submitit.helpers.DelayedSubmission(again)
 
     def _run(self, env: submitit.JobEnvironment) -> None:
         _join(env)
-        sys.argv = [f"{self.module}.py"]  # the name that errors begin with
+        sys.argv = [f"{self.module}.py"]  # errors begin with this name
         logging.getLogger("submitit").propagate = False  # it has a handler of its own
 
-        from util.checkpoint import LAST  # torch, after the environment that it reads
-        from util.distributed import launch
+        from util.run.checkpoint import LAST  # imports torch, which reads the environment
+        from util.run.launch import launch
 
-        # SLURM's count: what `checkpoint` changes is lost when SLURM itself requeues.
+        # SLURM's own count, since a requeue by SLURM itself restores the Job first submitted.
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", self.restarts))
         args = argparse.Namespace(**vars(self.args))
         args.output_dir, args.log_dir = (
             folder.replace("%j", env.job_id) for folder in (args.output_dir, args.log_dir)
         )
-        # Without a --resume of its own, `Run.resume` decides for all ranks what there is.
+        # With auto, `Run` checks on rank 0, for all ranks, whether there is a checkpoint.
         if restarts and (not args.resume or Path(args.output_dir, LAST).exists()):
             args.resume = "auto"
         beyond = (
-            f"{self.module}.py: error: --requeue_limit {self.requeue_limit} is reached; to go on: "
-            f"--output_dir {args.output_dir} --resume auto"
+            f"{self.module}.py: error: --requeue_limit {self.requeue_limit} is reached; "
+            f"to continue: --output_dir {args.output_dir} --resume auto"
         )
         if restarts > self.requeue_limit:  # requeued by SLURM itself
             sys.exit(beyond)
@@ -81,15 +81,15 @@ class Job:
         else:
             return
         if env.global_rank != 0:
-            sys.exit(0)  # any other status would end rank 0 before it is done
+            sys.exit(0)  # any other status would end rank 0 too early
         if restarts >= self.requeue_limit:
             sys.exit(beyond)
         requeue(_signal(env), None)
 
 
 def _join(env: submitit.JobEnvironment) -> None:
-    """Sets what torchrun would: each process's place, where they meet, and its threads."""
-    # A raw id is an array task's own. Clients are given ports from 32768 on, not these.
+    """Sets what torchrun would set: this process's rank, the meeting point, and its threads."""
+    # A raw id is an array task's own. Systems give clients ports from 32768 on, not these.
     port = 10000 + int(re.sub(r"\D", "", env.raw_job_id)) % 20000
     os.environ.update(
         RANK=str(env.global_rank),
@@ -98,7 +98,7 @@ def _join(env: submitit.JobEnvironment) -> None:
         MASTER_ADDR=env.hostnames[0],
         MASTER_PORT=str(port),
     )
-    # Or each process would compute with as many threads as its node has cores.
+    # By default each process would use as many threads as its node has cores.
     cores = os.environ.get("SLURM_CPUS_PER_TASK") or max(1, os.cpu_count() // env.num_tasks)
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
@@ -109,10 +109,10 @@ def _signal(env: submitit.JobEnvironment) -> signal.Signals:
 
 
 def _to_be_requeued(env: submitit.JobEnvironment, status: int) -> bool:
-    """Whether a script that ended with this exit status was asked to make room."""
+    """Whether a script with this exit status was stopped by a time limit or a preemption."""
     if env.cluster != "slurm":
         return env.cluster == "local" and status == 128 + _signal(env)
-    # SIGTERM comes with a preemption, where SLURM sends nothing else, but also when the job is
-    # cancelled or requeued already, and then no longer running.
+    # SIGTERM comes with a preemption, if SLURM sends no other signal, but also when the job has
+    # been cancelled or requeued; then it is no longer running.
     stopped = status in (128 + _signal(env), 128 + signal.SIGTERM)
     return stopped and slurm_states([env.job_id])[env.job_id] in ("RUNNING", "UNKNOWN")

@@ -1,8 +1,8 @@
-"""Figures of `study.py`'s logs, in benchmarks/figures/.
+"""Figures of `study.py`'s logs, in benchmarks/study/figures/.
 
 python -m pip install matplotlib
-python benchmarks/study_figures.py
-python benchmarks/study_figures.py --work_dir study    # and pictures of what models do
+python benchmarks/study/draw.py
+python benchmarks/study/draw.py --work_dir study    # and pictures of what models do
 """
 
 import argparse
@@ -10,20 +10,20 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import paths
 import torch
-from common import ROOT
 from flops import forward_flops
 from sklearn.manifold import TSNE
 from study import METHODS, SIDE, data_folder
-from study_tables import TERMS, Logs, accuracies, get_args_parser, is_trained, mean, read
+from tables import TERMS, Logs, accuracies, get_args_parser, is_trained, mean, read
 
 from model_mae import MaskedAutoencoderViT, model_from_checkpoint
 from util.args import number
-from util.checkpoint import LAST, load
-from util.datasets import open_dataset, preview_images
-from util.visualize import reconstruction_grid
+from util.datasets import open_dataset
+from util.run.checkpoint import LAST, load
+from util.visualize import preview_images, reconstruction_grid
 
-FIGURES = ROOT / "benchmarks" / "figures"
+FIGURES = paths.STUDY / "figures"
 NAMES = {"can": "CAN", "mae": "MAE", "simclr": "SimCLR"}
 LEVELS = (0.0, 0.5, 1.0)  # of the noise, as shares of the largest
 ROWS = ("clean", "masked", "reconstructed")  # of `reconstruction_grid`

@@ -1,6 +1,6 @@
 """What a pretrained model's losses do to its encoder; prints JSON. `study.py` keeps it.
 
-    python benchmarks/study_analysis.py --checkpoint CHECKPOINT --data_path IMAGES
+    python benchmarks/study/analysis.py --checkpoint CHECKPOINT --data_path IMAGES
 
 - `trunk_gradient`: norm of each weighted term's gradient on the encoder's blocks, of a batch of one
   process: its negatives are the run's own where that had one process, or local negatives.
@@ -17,17 +17,19 @@ from argparse import Namespace
 from collections import defaultdict
 
 import torch
-from study_variants import VARIANTS  # puts the scripts on the path
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from variants import VARIANTS
 
 from engine_pretrain import total_loss
 from model_mae import MaskedAutoencoderViT, model_from_checkpoint
-from util.checkpoint import load
-from util.datasets import SeededDataset, eval_transform, open_dataset
-from util.distributed import launch
+from util.data.order import SeededDataset
+from util.data.transforms import eval_transform
+from util.datasets import open_dataset
 from util.misc import seed_all
-from util_contrastive import pretrain_transform
+from util.run.checkpoint import load
+from util.run.launch import launch
+from util_contrastive import TwoCrops
 
 BATCH, BATCHES = 256, 4
 FEATURE_IMAGES = 7 * BATCH
@@ -70,7 +72,7 @@ def analyse(args: argparse.Namespace) -> dict:
     norms, cosines = defaultdict(list), defaultdict(list)
 
     images = open_dataset(args.data_path, train=True)
-    transform = pretrain_transform(flags.input_size, blur_prob=flags.blur_prob)
+    transform = TwoCrops(flags.input_size, blur_prob=flags.blur_prob)
     data = batches(SeededDataset(images, transform, flags.seed), flags.batch_size)
     for views, *_ in itertools.islice(data, BATCHES):
         gradients = trunk_gradients(model, torch.cat(views), flags)
@@ -107,5 +109,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="a pretraining checkpoint of ours")
     parser.add_argument("--data_path", required=True, help="a folder with train/ and val/")
-    parser.add_argument("--variant", choices=VARIANTS, help="what study_variants.py changed")
+    parser.add_argument("--variant", choices=VARIANTS, help="what variants.py changed")
     launch(main, parser.parse_args())

@@ -2,19 +2,19 @@
 
 For encoders narrower or wider than 128, which is how `head=` tells its layers from others.
 
-python benchmarks/study_variants.py target=unit --data_path IMAGES ...
+python benchmarks/study/variants.py target=unit --data_path IMAGES ...
 """
 
 import sys
 from collections.abc import Callable
 
-from common import ROOT  # noqa: F401 (puts the scripts on the path)
+import paths  # noqa: F401
 from torch import Tensor, nn
 
 import main_pretrain
 import model_mae
 from model_mae import PROJECTION_DIM, MaskedAutoencoderViT
-from util.distributed import launch
+from util.run.launch import launch
 
 Model = MaskedAutoencoderViT
 
@@ -113,6 +113,6 @@ VARIANTS = {
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
-        sys.exit(f"study_variants.py: error: the first argument is one of {', '.join(VARIANTS)}")
+        sys.exit(f"variants.py: error: the first argument is one of {', '.join(VARIANTS)}")
     VARIANTS[sys.argv.pop(1)]()
     launch(main_pretrain.main, main_pretrain.get_args_parser().parse_args())

@@ -1,6 +1,6 @@
 """How well noise could be predicted: by the best linear map of each patch alone; prints JSON.
 
-    python benchmarks/study_noise.py --data_path IMAGES > benchmarks/study/noise.json
+    python benchmarks/study/noise.py --data_path IMAGES > benchmarks/study/logs/noise.json
 
 Patches of augmented images have a covariance with eigenvalues v. Of white noise of deviation s on
 them, the best linear predictor (Wiener's) leaves the share mean(v / (v + s^2)) of its variance,
@@ -15,15 +15,16 @@ import itertools
 import json
 
 import torch
+from analysis import batches
 from study import SIDE
-from study_analysis import batches
 from torch import Tensor
 
 from model_mae import mae_vit_nano_patch4
-from util.datasets import SeededDataset, open_dataset
-from util.distributed import launch
+from util.data.order import SeededDataset
+from util.datasets import open_dataset
 from util.misc import seed_all
-from util_contrastive import pretrain_transform
+from util.run.launch import launch
+from util_contrastive import TwoCrops
 
 BATCHES = 8  # of images, two views each
 STDS = (0.05, 0.1, 0.25)
@@ -40,7 +41,7 @@ def shares_left(variances: Tensor, std: float) -> tuple[float, float]:
 def main(args: argparse.Namespace) -> None:
     seed_all(0)
     images = SeededDataset(
-        open_dataset(args.data_path, train=True), pretrain_transform(SIDE, blur_prob=0.0), seed=0
+        open_dataset(args.data_path, train=True), TwoCrops(SIDE, blur_prob=0.0), seed=0
     )
     views = [torch.cat(views) for views, *_ in itertools.islice(batches(images), BATCHES)]
     patches = mae_vit_nano_patch4(img_size=SIDE).patchify(torch.cat(views)).flatten(0, 1)

@@ -1,15 +1,13 @@
-"""Submits a script to SLURM, or to this machine's processes, and follows it to its end.
+"""Submits a script to SLURM, or as processes of this machine, and follows it to its end.
 
-Submitting needs no torch: it is imported where the job runs.
+Submitting needs no torch: only the job imports it.
 """
 
 import argparse
 import contextlib
-import fcntl
 import io
 import itertools
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -19,18 +17,19 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import JobPaths
 
-from util.args import Parser, job_flags, job_parser
+from util.args import Parser
 from util.errors import UserError
-from util.follow import follow
-from util.job import Job
+from util.slurm.flags import job_flags, job_parser
+from util.slurm.follow import follow
+from util.slurm.job import Job
 
-ROOT = Path(__file__).resolve().parent.parent
-SIGNAL_DELAY_S = 120  # from the signal to the end of a time limit: what saving may take
+ROOT = Path(__file__).resolve().parents[2]
+SIGNAL_DELAY_S = 120  # between the signal and the time limit, for saving
 JOB_FLAGS = frozenset(vars(job_flags().parse_args([])))
 
 
 def submit(module: str, script: Parser) -> None:
-    """Submits a script with the flags of the command line, shows where to look, and may follow it.
+    """Submits a script with the command line's flags, prints where to look, and may follow it.
 
     Args:
         module: the script's, such as main_pretrain.
@@ -65,7 +64,7 @@ def _submit(module: str, parser: Parser) -> int:
 
 
 def _sweep(parser: Parser, args: argparse.Namespace) -> dict[str, argparse.Namespace]:
-    """The flags of each run of a sweep by what distinguishes it; of a single run by ''."""
+    """The flags of each run of a sweep, by the ones that distinguish it; of a single run, by ''."""
     varied = dict(args.set)
     if args.array:
         varied["seed"] = [str(seed) for seed in args.array]
@@ -83,7 +82,7 @@ def _sweep(parser: Parser, args: argparse.Namespace) -> dict[str, argparse.Names
 
 
 def _cluster(args: argparse.Namespace, runs: int) -> str:
-    """The cluster meant by `auto`, and whether it is there and can do what is asked."""
+    """The cluster to use; raises UserError if it is not there or cannot do what is asked."""
     cluster = args.cluster
     if cluster == "auto":
         cluster = "slurm" if shutil.which("srun") else "local"
@@ -107,14 +106,9 @@ def _executor(args: argparse.Namespace, cluster: str, name: str) -> submitit.Aut
         raise UserError(f"--job_dir {base}: {error.strerror}") from None
     if not os.access(base, os.W_OK):
         raise UserError(f"--job_dir {base}: no permission to write there")
-    executor = submitit.AutoExecutor(
-        args.job_dir,
-        cluster,
-        slurm_max_num_timeout=args.requeue_limit,
-        local_max_num_timeout=args.requeue_limit,
-        slurm_python=python,
-        local_python=python,
-    )
+    same = {"max_num_timeout": args.requeue_limit, "python": python}
+    each = {f"{kind}_{name}": v for kind in ("slurm", "local") for name, v in same.items()}
+    executor = submitit.AutoExecutor(args.job_dir, cluster, **each)
     constraint = "&".join(filter(None, ["volta32gb" * args.use_volta32, args.constraint]))
     executor.update_parameters(
         name=name,
@@ -132,16 +126,16 @@ def _executor(args: argparse.Namespace, cluster: str, name: str) -> submitit.Aut
         slurm_comment=args.comment or None,
         slurm_setup=args.slurm_setup,
         slurm_signal_delay_s=min(SIGNAL_DELAY_S, args.timeout * 10),
-        # A process that fails ends the others, which would wait for it.
+        # A process that fails ends the others, which would otherwise wait for it.
         slurm_srun_args=["--kill-on-bad-exit=1"],
-        # Held, because SLURM fails a job that starts before submitit has made its folder.
+        # Held, because SLURM fails jobs that start before submitit has made their folder.
         slurm_additional_parameters={"requeue": True, "hold": True},
     )
     return executor
 
 
 def _warn_of_missing(args: argparse.Namespace) -> None:
-    """A file that is not here may be where the job runs, or a name mistyped."""
+    """Warns of paths that are not on this machine; they may exist where the job runs."""
     for name in ("data_path", "finetune", "resume"):
         path = getattr(args, name, "")
         if os.sep in path and "://" not in path and not os.path.exists(path):
@@ -149,23 +143,13 @@ def _warn_of_missing(args: argparse.Namespace) -> None:
 
 
 def _submit_array(executor: submitit.AutoExecutor, calls: list[Job]) -> list[submitit.Job]:
-    """Submits a job, or an array, and clears away what submitit leaves beside its folders."""
-    folder = JobPaths.get_first_id_independent_folder(executor.folder)
-    lock = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # NFS may not lock folders
-        fcntl.flock(lock, fcntl.LOCK_EX)  # what others submit meanwhile is not ours to clear away
-    before = set(folder.iterdir())
+    """Submits a job, or an array."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             return executor.submit_array(calls)
     except (RuntimeError, OSError) as error:  # RuntimeError: what sbatch said
         said = "; ".join(str(error).strip().splitlines())
         raise UserError(f"not submitted: {said}") from None
-    finally:
-        for path in set(folder.iterdir()) - before:
-            if re.fullmatch(r"\.submission_file_\w+\.sh|[0-9a-f]{32}\.pkl", path.name):
-                path.unlink()
-        os.close(lock)
 
 
 def _release(job_id: str) -> None:

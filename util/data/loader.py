@@ -1,0 +1,181 @@
+"""Batches on the training device, ready for the model; unreadable images are counted."""
+
+import argparse
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from util.data.order import EpochSampler, EvalSampler
+from util.distributed import from_rank_zero, get_world_size, host_group
+from util.errors import STOP_SIGNALS, UserError
+
+logger = logging.getLogger(__name__)
+
+MOST_BAD = 0.01  # of a dataset's images may be unreadable; one always may
+BAD_LIST = "bad-images.txt"
+
+_warned_of: set[str] = set()  # files
+
+
+class DeviceLoader(DataLoader):
+    """A loader of (inputs, labels) whose inputs are on the device.
+
+    On a GPU they are copied and finished on a stream of their own; only the step that needs them
+    waits for it. While the host runs ahead, that work overlaps with the step before.
+
+    Args:
+        dataset: takes (epoch, index), as `SeededDataset` does.
+        sampler: of those keys.
+        args: batch_size, num_workers, pin_mem; output_dir, where bad images are listed, '' nowhere.
+        device: where the inputs go.
+        finish: makes the device's inputs from a batch of the dataset's: on a GPU on the loader's
+            stream, on a CPU in the loader's processes. If not given, inputs are copied as they are.
+        num_workers: in place of the flag's.
+    Attributes:
+        bad: the images that were unreadable so far; the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: Sampler,
+        args: argparse.Namespace,
+        device: torch.device,
+        finish: Callable[[Any, torch.device], Any] | None = None,
+        num_workers: int | None = None,
+    ):
+        workers = args.num_workers if num_workers is None else num_workers
+        on_host = finish and device.type == "cpu"
+        super().__init__(
+            dataset,
+            batch_size=args.batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=args.pin_mem and device.type == "cuda",
+            worker_init_fn=_ignore_signals,
+            collate_fn=partial(_finished_batch, finish, device) if on_host else None,
+        )
+        self.output_dir = args.output_dir
+        self.bad: set[str] = set()
+        self._met: dict[str, str] = {}  # by this rank, since the last report
+        self.device, self.finish = device, to_device if on_host or not finish else finish
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        try:
+            batches = super().__iter__()
+        except OSError as error:  # too many open files, no memory for another process
+            raise UserError(f"cannot start {self.num_workers} workers: {error.strerror}") from None
+        for inputs, labels, *bad in batches:
+            for names, reasons in bad:  # as `SeededDataset` has them
+                self._met |= {n: why for n, why in zip(names, reasons, strict=True) if n}
+            if self.stream is None:
+                yield self.finish(inputs, self.device), labels
+                continue
+            with torch.cuda.stream(self.stream):
+                inputs = self.finish(inputs, self.device)
+            compute = torch.cuda.current_stream(self.device)
+            compute.wait_stream(self.stream)
+            for tensor in inputs if isinstance(inputs, list | tuple) else [inputs]:
+                tensor.record_stream(compute)  # keeps its memory until the step is done
+            yield inputs, labels
+
+    def remember_bad(self, names: Iterable[str]) -> None:
+        """Counts images that were unreadable before a resume."""
+        self.bad.update(names)
+
+    def report_bad(self) -> None:
+        """Warns of the bad images that any rank has met since the last call; every rank calls it.
+
+        Raises:
+            UserError: there are too many; on every rank.
+        """
+        met, self._met = _over_ranks(self._met), {}
+        new = sorted(met.keys() - self.bad)
+        if not new:
+            return
+        self.bad.update(new)
+        where = from_rank_zero(lambda: self._tell({name: met[name] for name in new}))
+        if len(self.bad) > max(1, MOST_BAD * len(self.dataset)):
+            found = f"{len(self.bad)} of {len(self.dataset)} images are not readable"
+            raise UserError(f"{found}, more than {MOST_BAD:.0%}: {where}")
+
+    def _tell(self, bad: dict[str, str]) -> str:
+        """Warns of bad images and lists them; returns the list's path, or without one a few."""
+        warn_of(bad)
+        path = Path(self.output_dir, BAD_LIST)
+        with contextlib.suppress(OSError):
+            if self.output_dir:
+                with open(path, "a", errors="surrogateescape") as file:
+                    file.writelines(f"{name}\n" for name in bad)
+                return f"listed in {path}"
+        return ", ".join(sorted(self.bad)[:3]) + ", ..."
+
+
+def train_loader(
+    dataset: Dataset, args: argparse.Namespace, device: torch.device, **options: Any
+) -> DeviceLoader:
+    """Batches in the order of an `EpochSampler`; call its `sampler.set_epoch` before each epoch.
+
+    Args:
+        args: also accum_iter and seed.
+        **options: as the other arguments, `DeviceLoader`'s.
+    """
+    sampler = EpochSampler(dataset, args.batch_size * args.accum_iter, args.seed)
+    return DeviceLoader(dataset, sampler, args, device, **options)
+
+
+def eval_loader(
+    dataset: Dataset, args: argparse.Namespace, device: torch.device, share: bool, **options: Any
+) -> DeviceLoader:
+    """Batches in the order of an `EvalSampler`; other arguments are `DeviceLoader`'s."""
+    return DeviceLoader(dataset, EvalSampler(dataset, share), args, device, **options)
+
+
+def _ignore_signals(_worker: int) -> None:
+    """The parent of loader processes decides when they stop, whoever gets the signal."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def warn_of(bad: dict[str, str]) -> None:
+    """Warns of each bad file once, with the reason."""
+    for name, reason in bad.items():
+        if name not in _warned_of:
+            logger.warning(f"warning: {name!r} is not readable ({reason}): another image is used")
+    _warned_of.update(bad)
+
+
+def _over_ranks(mapping: dict[str, str]) -> dict[str, str]:
+    """The union of all ranks' mappings."""
+    if get_world_size() == 1:
+        return mapping
+    size = torch.tensor(len(mapping))
+    dist.all_reduce(size, group=host_group())
+    if not size:  # nearly always
+        return {}
+    mappings = [None] * get_world_size()
+    dist.all_gather_object(mappings, mapping, group=host_group())
+    return {name: why for mapping in mappings for name, why in mapping.items()}
+
+
+def _finished_batch(finish: Callable, device: torch.device, samples: list) -> list:
+    inputs, *rest = default_collate(samples)
+    return [finish(inputs, device), *rest]
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """A tensor, or a list or tuple of them, copied without waiting if its memory is pinned."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, non_blocking=True)
+    return [to_device(part, device) for part in inputs]

@@ -1,0 +1,115 @@
+"""Which images a process sees, in which order and with which random numbers."""
+
+import contextlib
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, DistributedSampler, Sampler
+
+from util.data.images import BadImage, name_of, read_image
+from util.distributed import get_rank, get_world_size
+from util.errors import UserError
+
+REPLACEMENTS = 20  # images to try in place of one that cannot be read
+
+
+class SeededDataset(Dataset):
+    """(epoch, index) -> (augmented image, label, bad), a function of (seed, epoch, index) alone.
+
+    An unreadable file is replaced by another image with its own label, drawn anew in each epoch;
+    `bad` is then the file's name and the reason, otherwise ("", "").
+
+    The epoch is part of the key because loader processes live longer than an epoch.
+
+    Raises:
+        UserError: neither the file nor any of its replacements is readable.
+    """
+
+    def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Any], seed: int):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int, tuple[str, str]]:
+        epoch, index = key
+        try:
+            return *self._draw(epoch, index, index), ("", "")
+        except BadImage as error:
+            bad = name_of(self.dataset, index), str(error)
+        others = np.random.default_rng(self._stream(2, epoch, index))
+        for other in others.integers(len(self), size=REPLACEMENTS).tolist():
+            with contextlib.suppress(BadImage):
+                return *self._draw(epoch, index, other), bad
+        raise UserError(
+            f"{bad[0]} is not a readable image ({bad[1]}), nor was any drawn to replace it"
+        )
+
+    def _draw(self, epoch: int, index: int, source: int) -> tuple[Any, int]:
+        """Image number `source`, with the random numbers that belong to (epoch, index)."""
+        words = self._stream(0, epoch, index).generate_state(3, np.uint64)
+        # timm's augmentations draw from Python's and NumPy's generators
+        random.seed(int(words[1]))
+        np.random.seed(words[2] >> np.uint64(32))
+        with torch.random.fork_rng(devices=[]):
+            # not torch.manual_seed, which would also seed the GPU's generators
+            torch.default_generator.manual_seed(int(words[0]))
+            return read_image(self.dataset, source, self.transform)
+
+    def _stream(self, *key: int) -> np.random.SeedSequence:
+        return np.random.SeedSequence(self.seed, spawn_key=key)
+
+
+class EpochSampler(DistributedSampler):
+    """This process's share of each shuffled epoch, as (epoch, index), in whole optimizer steps.
+
+    Args:
+        per_step: images of this process in one step, batch_size x accum_iter. Images that do not
+            fill a step of all processes are left out of the epoch.
+    Raises:
+        UserError: the dataset does not fill one step.
+    """
+
+    def __init__(self, dataset: Dataset, per_step: int, seed: int):
+        ranks = {"num_replicas": get_world_size(), "rank": get_rank()}
+        super().__init__(dataset, **ranks, shuffle=True, seed=seed, drop_last=True)
+        global_step = per_step * self.num_replicas
+        steps = len(dataset) // global_step
+        if steps == 0:
+            what = f"one step of {global_step} (batch_size x accum_iter x processes)"
+            raise UserError(f"{len(dataset)} images do not fill {what}")
+        self.per_step, self.steps_done = per_step, 0
+        self.num_samples = steps * per_step
+        self.total_size = self.num_samples * self.num_replicas
+
+    def set_epoch(self, epoch: int, steps_done: int = 0) -> None:
+        """Chooses the epoch to draw next, without its first steps if they are done already."""
+        super().set_epoch(epoch)
+        self.steps_done = steps_done
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        keys = ((self.epoch, index) for index in super().__iter__())
+        return itertools.islice(keys, self.steps_done * self.per_step, None)
+
+
+class EvalSampler(Sampler):
+    """All images in order as (0, index), or only this process's share of them.
+
+    The shares do not overlap, and may differ by one image in size.
+    """
+
+    def __init__(self, dataset: Dataset, share: bool):
+        self.indices = range(len(dataset))
+        if share:
+            self.indices = self.indices[get_rank() :: get_world_size()]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((0, index) for index in self.indices)

@@ -1,0 +1,167 @@
+"""Checkpoint files: written whole or not at all, read without running what is in them."""
+
+import argparse
+import contextlib
+import hashlib
+import logging
+import os
+import pickle
+import re
+import socket
+import stat
+import zipfile
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from util.distributed import from_rank_zero
+from util.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LAST = "checkpoint-last.pth"
+BEST = "checkpoint-best.pth"
+NUMBERED = "checkpoint-{}.pth"  # by epoch
+DOWNLOAD_TIMEOUT = 60.0  # seconds without data
+HASH = re.compile(r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,})\.")  # in torch.hub's names; no date
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Writes tensors and plain types; a reader finds the old file or the new one, never a part.
+
+    Raises:
+        UserError: the file cannot be written (no permission, disk full); the old one is untouched.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # so that the rename survives a power cut
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):  # the disk may have become read-only
+            temporary.unlink()
+        # torch's zip writer turns an OSError into a RuntimeError of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror}") from None
+
+
+def load(source: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU: only tensors, plain types and `argparse.Namespace`.
+
+    Args:
+        source: a path, or a URL (http, https, file), which is downloaded into torch.hub's cache.
+    Returns:
+        At least "model", tensors by name; also for a file of only tensors, as timm's and
+        `.safetensors` are. Flags, if the file has any, as the dictionary "args".
+    Raises:
+        UserError: no such file, not a checkpoint, or one that holds other classes, which could
+            run code; none of it is run.
+    """
+    if not str(source).startswith(("http://", "https://", "file://")):
+        return _checked(_read(Path(source)), source)
+    from_rank_zero(lambda: _download(source))  # then each other machine downloads its own copy
+    path = _download(source)
+    try:
+        return _checked(_read(path), source)
+    except UserError:
+        path.unlink(missing_ok=True)  # it may be incomplete: the next start downloads it again
+        raise
+
+
+def _read(path: Path) -> Any:
+    """What a file holds; raises as `load`."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no checkpoint at {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"no checkpoint at {path}: it is a folder or a device, not a file")
+    if status.st_size == 0:
+        raise UserError(f"cannot read checkpoint {path}: it is empty")
+    try:
+        if path.suffix == ".safetensors":
+            return {"model": safetensors.torch.load_file(path)}
+        _refuse_compressed(path, status.st_size)
+        # The CAN release and MAE store their flags as a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).replace("WeightsUnpickler error: ", "").strip().splitlines()
+        reason = next((line for line in reason if "GLOBAL" in line or "Unsupported" in line), "")
+        raise UserError(
+            f"{path} is not a checkpoint of tensors and plain types; nothing in it "
+            f"was run. {reason}".strip()
+        ) from None
+    except Exception as error:  # the readers raise all kinds for files that are not theirs
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read checkpoint {path}: {line}") from None
+
+
+def _refuse_compressed(path: Path, size: int) -> None:
+    """Raises ValueError for a zip archive that unpacks to more bytes than it has."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return
+        unpacked = sum(member.file_size for member in zipfile.ZipFile(file).infolist())
+    if unpacked > size:
+        raise ValueError(f"{size} bytes that unpack to {unpacked}, and torch compresses nothing")
+
+
+def _checked(state: Any, source: str | Path) -> dict[str, Any]:
+    """The result of `load`, from a file's content."""
+    if isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()):
+        state = {"model": state}
+    model = state.get("model") if isinstance(state, dict) else None
+    if not isinstance(model, dict) or not all(_is_weight(*item) for item in model.items()):
+        raise UserError(f"{source} holds no model: expected tensors by name, alone or as 'model'")
+    if isinstance(state.get("args"), argparse.Namespace):
+        state["args"] = vars(state["args"])
+    if not isinstance(state.get("args", {}), dict):
+        del state["args"]
+    return state
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    """Whether this is a named tensor with memory for all of its numbers."""
+    if not (isinstance(name, str) and isinstance(value, Tensor)):
+        return False
+    there = value.layout == torch.strided and value.device.type == "cpu"
+    return there and value.nbytes <= value.untyped_storage().nbytes()
+
+
+def _download(url: str) -> Path:
+    """A URL's file in torch.hub's cache, downloaded if it is not there yet."""
+    name = Path(urlparse(url).path).name
+    known = HASH.search(name)
+    # Other URLs' files may have the same name.
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    if path.is_file():
+        return path
+    logger.info(f"downloading {url} to {path}")
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), known and known[1], progress=False)
+    except (OSError, ValueError, RuntimeError, HTTPException) as error:
+        raise UserError(f"cannot download {url}: {error}") from None  # RuntimeError: another hash
+    finally:
+        socket.setdefaulttimeout(before)
+    return path

@@ -1,0 +1,96 @@
+"""How a script ends: with status 0, with one line for the user, or on a signal."""
+
+import argparse
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from util.distributed import get_rank, get_world_size
+from util.errors import STOP_SIGNALS, Stopped, UserError
+
+logger = logging.getLogger(__name__)
+
+PEER_LOST = "another process of this run died or hung, its own messages may say why"
+RANK_ZERO_FIRST = 1.0  # seconds: most errors are met by all ranks, and one line is enough
+
+
+def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Runs a script to its end: exit status 0, or 1 after one line for the user.
+
+    A process that fails ends at once, without waiting for the others; these notice and end too.
+    """
+    try:
+        try:
+            main(args)
+        except UserError as error:
+            _fail(str(error))
+        except torch.OutOfMemoryError:
+            _fail("out of GPU memory: lower --batch_size (and raise --accum_iter to match)")
+        except Stopped:
+            raise
+        except Exception as error:
+            if get_world_size() == 1:
+                raise
+            if _is_of_a_peer(error):
+                _fail(f"{PEER_LOST}; --resume auto continues from the last save")
+            traceback.print_exc()
+            _leave()
+        finally:
+            _end_loaders()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    except Stopped as stopped:  # also one that comes while an error is handled
+        after = " after saving; --resume auto continues from here" if stopped.saved else ""
+        logger.info(f"stopped by {stopped}{after}")
+        sys.exit(128 + stopped.signal)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _is_of_a_peer(error: Exception) -> bool:
+    """Whether a collective failed because another process dropped out of it."""
+    if isinstance(error, dist.DistError):  # nccl's, the store's
+        return True
+    gloos = ("gloo/transport", "Operation timed out!", "timeout caused pair closure")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in gloos)
+
+
+def _fail(message: str) -> None:
+    """Prints one line and ends this process with status 1."""
+    if get_rank() > 0:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+        time.sleep(RANK_ZERO_FIRST)  # if rank 0 failed too, the launcher ends this process now
+    # From a loader process the line arrives at the end of that process's traceback.
+    message = message.rsplit("UserError: ", 1)[-1].strip().replace("\n", "\\n")
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+    _leave()
+
+
+def _end_loaders() -> None:
+    """Kills the loader processes that are left, which may be waiting for a file forever."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report an accident
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def _leave() -> None:
+    """Ends this process with status 1."""
+    if get_world_size() == 1:
+        sys.exit(1)
+    _end_loaders()
+    # Destroying the group would wait for the others; those waiting for us notice that we are gone.
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(1)

@@ -1,0 +1,188 @@
+"""What a run shows: console lines, TensorBoard's files, log.txt with a JSON object per epoch."""
+
+import argparse
+import contextlib
+import datetime
+import json
+import logging
+import os
+import resource
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from util.distributed import get_rank, get_world_size, is_main_process
+from util.lr_sched import global_batch
+from util.precision import Precision
+from util.run.folder import LOG
+from util.run.run import Run
+from util.sizes import patch_size
+
+logger = logging.getLogger(__name__)
+
+LOSSES = ("loss", "reconstruction", "contrastive", "noise", "noise_zero")
+USUAL_PATCHES = 1024  # of an image, at most: 512 pixels in patches of 16
+
+
+def log_to_console() -> None:
+    """Prints logged lines on standard output: rank 0's, and other ranks' warnings."""
+    rank = get_rank()
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stdout,
+        force=True,
+    )
+    threading.excepthook = _excepthook
+
+
+def _excepthook(args: threading.ExceptHookArgs) -> None:
+    # `RunLog` gets the OSErrors of TensorBoard's thread too, and reports them.
+    if not (isinstance(args.exc_value, OSError) and "Writer" in type(args.thread).__name__):
+        threading.__excepthook__(args)
+
+
+class RunLog:
+    """TensorBoard's files and log.txt, written by rank 0 alone; nothing without a folder.
+
+    A full disk does not end the run: what cannot be written is lost, with a warning.
+
+    Args:
+        args: output_dir of log.txt and log_dir of TensorBoard; '' for none.
+        run: after its `begin`. TensorBoard drops the points that it is about to log again. If an
+            epoch is trained and only its evaluation is left, that includes its last step's, where
+            the evaluation's points are.
+        steps: of an epoch.
+    """
+
+    def __init__(self, args: argparse.Namespace, run: Run, steps: int):
+        self._steps = steps
+        main = is_main_process()
+        self._path = Path(args.output_dir, LOG) if args.output_dir and main else None
+        self._folder = args.log_dir if main else ""
+        self._writer: SummaryWriter | None = None
+        self._purge_step: int | None = run.epoch * steps + min(run.step + 1, steps)
+
+    def window(self, values: dict[str, float], step: int) -> None:
+        """Adds a window's metrics to TensorBoard at a step counted from the run's beginning."""
+        tags = {n: f"loss/{n}" if n in LOSSES else f"train/{n}" for n in values}
+        self._scalars({tags[name]: value for name, value in values.items()}, step)
+
+    def epoch(self, epoch: int, train: dict[str, float], tests: dict[str, float]) -> None:
+        """Adds a line to log.txt, and the scores of the evaluation to TensorBoard.
+
+        Args:
+            train: the epoch's mean metrics, which the line names train_*.
+            tests: scores by the name that they have in the line.
+        """
+        self._scalars({f"perf/{n}": v for n, v in tests.items()}, (epoch + 1) * self._steps)
+        if self._path is None:
+            return
+        line = {"epoch": epoch} | {f"train_{name}": v for name, v in train.items()} | tests
+        size = None
+        try:
+            with open(self._path, "a") as file:
+                size = file.tell()
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self._path, size)  # to whole lines
+            lost = f"the line of epoch {epoch} is lost"
+            logger.warning(f"warning: cannot write {self._path}: {error.strerror}; {lost}")
+
+    def image(self, name: str, image: Tensor, epoch: int) -> None:
+        """Adds a uint8 image [3, H, W] to TensorBoard at the end of an epoch."""
+        step = (epoch + 1) * self._steps
+        self._write(lambda writer: writer.add_image(name, image, step))
+
+    def _scalars(self, values: dict[str, float], step: int) -> None:
+        def add(writer: SummaryWriter) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        if values:
+            self._write(add)
+
+    def _write(self, add: Callable[[SummaryWriter], None]) -> None:
+        if not self._folder:
+            return
+        try:
+            if self._writer is None:
+                self._writer = SummaryWriter(self._folder, purge_step=self._purge_step)
+            add(self._writer)
+            self._writer.flush()  # before a checkpoint that is later than these points
+            self._purge_step = None
+        except OSError as error:
+            self._writer = None  # it stops at its first error; the next one starts a new file
+            logger.warning(f"warning: cannot write to {self._folder}: {error.strerror}")
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+
+
+def describe_run(
+    args: argparse.Namespace, model: nn.Module, precision: Precision, steps: int
+) -> None:
+    """Prints what will be trained how, and warns of settings that are rarely meant.
+
+    Args:
+        steps: of an epoch.
+    """
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    count = f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+    logger.info(f"model: {args.model}, {count} trained parameters")
+    processes, device = get_world_size(), precision.device.type
+    logger.info(
+        f"batch: {global_batch(args)} images = {args.batch_size} x {args.accum_iter} "
+        f"accumulated x {processes} processes, {steps} steps per epoch, lr {args.lr:.3g}"
+    )
+    logger.info(f"device: {device} x {processes}, {precision}, torch {torch.__version__}")
+    if not is_main_process():
+        return
+    warmup, epochs = args.warmup_epochs, args.epochs
+    if warmup > epochs / 5:
+        logger.warning(
+            f"warning: --warmup_epochs {warmup} is more than a fifth of --epochs {epochs}"
+        )
+    side, patch = args.input_size, patch_size(args.model)
+    if (patches := (side // patch) ** 2) > USUAL_PATCHES:
+        why = f"--input_size {side} with patches of {patch} pixels"
+        logger.warning(f"warning: {why} makes {patches:,} patches per image: unusual, and slow")
+
+
+def console_line(place: str, left: float, window: dict[str, float], device: torch.device) -> str:
+    """One line for people.
+
+    Args:
+        place: epoch and step.
+        left: the rest of the run, in seconds.
+        window: a `MetricLogger.window()`, with `grad_norm` and `lr`.
+    """
+    words = [place, f"eta {datetime.timedelta(seconds=round(left))}", f"loss {window['loss']:.4f}"]
+    if "reconstruction" in window:
+        words.append(f"reconstruction {window['reconstruction']:.4f}")
+    if "noise" in window:
+        words.append(f"noise {window['noise']:.5f} (zero {window['noise_zero']:.5f})")
+    if "contrastive" in window:
+        words.append(
+            f"contrastive {window['contrastive']:.3f} (top-1 {window['contrastive_top1']:.1%})"
+        )
+    words.append(f"grad {window['grad_norm']:.2g}  lr {window['lr']:.2e}")
+    words.append(f"{window['images_per_second']:.0f} img/s  data {window['data_wait']:.0%}")
+    return "  ".join([*words, f"mem {memory_gib(device):.1f} GiB"])
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory that this process has used so far: the GPU's, or on CPUs the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

@@ -1,0 +1,288 @@
+"""One training run: what it resumes from, and when and what it saves."""
+
+import argparse
+import logging
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from util.data.loader import DeviceLoader
+from util.distributed import from_rank_zero, get_world_size, host_group
+from util.errors import Stopped, UserError
+from util.lr_sched import global_batch, scale_learning_rate
+from util.misc import MetricLogger
+from util.run.checkpoint import BEST, LAST, NUMBERED, load, save
+from util.run.folder import check_folder, open_folder
+from util.run.interrupt import Interrupts, no_poll
+from util.weights import load_model
+
+logger = logging.getLogger(__name__)
+
+LEAST = {"epoch": -1, "images": 0, "world_size": 1, "global_batch": 1}  # of a checkpoint's counts
+# Flags that make it another experiment, of all scripts together.
+EXPERIMENT = (
+    "seed", "model", "input_size", "weight_mae", "weight_simclr", "weight_noise", "noise_loss",
+    "norm_pix_loss", "mask_ratio", "std", "global_pool", "layer_decay", "cache_features",
+)  # fmt: skip
+# What loading a state of another kind or objective raises.
+MISFIT = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
+
+
+class Run:
+    """Saves and resumes: after each epoch, every few minutes, and when asked to stop.
+
+    A checkpoint's `epoch` is the last complete one (-1 before the first one ends), `images` the
+    number trained on in the next, `metrics` what each rank has measured there. Random numbers need
+    no state: they are a function of (seed, epoch, step, rank), see `util.misc.seed_all`.
+
+    Args:
+        args: output_dir ('' saves nothing), data_path, save_freq, save_interval, keep_last, epochs,
+            start_epoch, resume; accum_iter and lr are resolved here, see `resolve`.
+    Attributes:
+        epoch, step: where the run stands.
+        best: the highest score so far.
+        folder: of the checkpoints, None for none.
+    Raises:
+        UserError: the folder holds another run, there is no such checkpoint, it is damaged, or with
+            `--resume auto` of another experiment.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        from_rank_zero(lambda: check_folder(args))
+        self.args, self.given_accum_iter = args, args.accum_iter
+        self.folder = Path(args.output_dir) if args.output_dir else None
+        self.epoch, self.step, self.best = args.start_epoch, 0, -math.inf
+        self._interrupts = Interrupts(60 * args.save_interval)
+        # What is saved: `resume` registers the first two, `begin` the others.
+        self._model: nn.Module | None = None
+        self._states: dict[str, Any] = {}
+        self._loader: DeviceLoader | None = None
+        self._metrics: MetricLogger | None = None
+        # The checkpoint to resume, until all of it has been loaded, and where it was read.
+        self._resumed: dict[str, Any] = {}
+        resume = "" if vars(args).get("eval") else args.resume  # which --eval reads by itself
+        self._source = self.folder / LAST if resume == "auto" else resume
+        if resume == "auto" and not from_rank_zero(lambda: os.path.exists(self._source)):
+            logger.info(f"no {self._source} yet: starting from the beginning")
+        elif resume:
+            self._resumed = load(self._source)
+            for name, least in LEAST.items():
+                value = self._resumed.get(name, least)
+                if not isinstance(value, int) or value < least:
+                    raise UserError(f"{self._source} is damaged: its {name} is {value!r}")
+            if resume == "auto":
+                check_experiment(self._resumed, args, self._source)
+        resolve(args, self._resumed)
+
+    def resume(self, model: nn.Module, **states: Any) -> None:
+        """Registers model and optimizer, and loads the checkpoint to resume, if any.
+
+        Args:
+            model: not wrapped in DDP.
+            **states: what else has `state_dict()` and is part of the run: optimizer, scaler, ...
+        Raises:
+            UserError: the checkpoint is of another run.
+        """
+        self._model, self._states = model, states
+        state, path = self._resumed, self._source
+        if not state:
+            return
+        load_model(model, state.pop("model"), path)
+        if missing := {*states, "epoch"} - state.keys():
+            raise UserError(
+                f"{path} cannot be resumed: it has no {' and no '.join(sorted(missing))}"
+            )
+        for name, part in states.items():
+            try:
+                load_state(part, state.pop(name))
+            except MISFIT as error:
+                why = f"its {name} state belongs to another objective or precision"
+                line = str(error).splitlines()[0]
+                raise UserError(f"{path} cannot be resumed: {why} ({line})") from None
+        self.epoch = state["epoch"] + 1
+        # In images: with another global batch, a step that they fill only in part is repeated.
+        self.step = state.get("images", 0) // global_batch(self.args)
+        self.best = state.get("best", self.best)
+        logger.info(f"resumed {path}: epoch {self.epoch}, step {self.step}")
+
+    def begin(self, loader: DeviceLoader, metrics: MetricLogger, steps: int) -> None:
+        """Registers what changes within an epoch, loads its state, if any, and opens the folder.
+
+        Args:
+            steps: of an epoch.
+        Raises:
+            UserError: the checkpoint does not fit, or the folder cannot be written.
+        """
+        self._loader, self._metrics = loader, metrics
+        state, self._resumed = self._resumed, {}
+        if self.step > steps:
+            done = f"{self.step} steps of an epoch of {steps} are done"
+            raise UserError(f"{self._source} cannot be resumed: {done}")
+        here = ("image ", str(Path(self.args.data_path)))  # of other data they do not count
+        names = map(str, state.get("bad_images", []))
+        loader.remember_bad(name for name in names if name.startswith(here))
+        if self.step and state.get("metrics"):
+            device = next(self._model.parameters()).device
+            try:
+                metrics.load_state_dicts(state["metrics"], device)
+            except MISFIT:
+                raise UserError(f"{self._source} is damaged: its metrics are not ours") from None
+        from_rank_zero(lambda: open_folder(self.args, self.epoch))
+
+    def after_step(self, check: Callable[[], Any]) -> None:
+        """Counts a step of the epoch; else as `poll`."""
+        self.step += 1
+        self.poll(check)
+
+    def poll(self, check: Callable[[], Any] = no_poll) -> None:
+        """Saves the current position when the interval is over, or when asked to stop.
+
+        Called by all ranks equally often: after each step, and while the epoch is evaluated.
+
+        Args:
+            check: raises UserError on all ranks if the state must not be saved.
+        Raises:
+            UserError: as `check`; or the state cannot be saved before stopping; on all ranks.
+            Stopped: some rank got a signal; on all ranks, after saving.
+        """
+        number, due = self._interrupts.poll()
+        if not (number or due):
+            return
+        check()
+        metrics = [None] * get_world_size()
+        dist.all_gather_object(metrics, self._metrics.state_dict(), group=host_group())
+        position = {"images": self.step * global_batch(self.args), "metrics": metrics}
+        self._save([LAST], position, last_chance=bool(number))
+        if number:
+            raise Stopped(number, saved=self.folder is not None)
+
+    def save(self, epoch: int, score: float | None = None) -> None:
+        """Saves the state after an epoch: always as the last, every save_freq epochs numbered.
+
+        Args:
+            score: the state with the highest one so far is also saved as the best.
+        Raises:
+            UserError: the last epoch's cannot be saved; on all ranks.
+        """
+        self.epoch, self.step = epoch + 1, 0
+        final = self.epoch == self.args.epochs
+        names = [LAST]  # written last: a run killed before it repeats this epoch, and its files
+        if score is not None and score > self.best:
+            self.best = score
+            names.insert(0, BEST)
+        if final or self.epoch % self.args.save_freq == 0:
+            names.insert(0, NUMBERED.format(epoch))
+        self._save(names, {}, final)
+
+    def _save(self, names: list[str], position: dict[str, Any], last_chance: bool) -> None:
+        """Writes files on rank 0, while others wait; a failure is an error at the last chance."""
+        self._interrupts.saved()
+        if self.folder is None:
+            return
+
+        def write() -> None:
+            try:
+                self._write(names, position)
+            except UserError as error:
+                if last_chance:
+                    raise
+                logger.warning(f"warning: {error}; the run goes on, and tries again when it saves")
+
+        from_rank_zero(write)
+
+    def _write(self, names: list[str], position: dict[str, Any]) -> None:
+        """Raises UserError with the first failure, after trying all files."""
+        state = {name: part.state_dict() for name, part in self._states.items()} | position
+        state |= {"model": self._model.state_dict(), "epoch": self.epoch - 1}
+        state |= {"args": vars(self.args), "given_accum_iter": self.given_accum_iter}
+        state |= {"world_size": get_world_size(), "global_batch": global_batch(self.args)}
+        state |= {"bad_images": sorted(self._loader.bad), "best": self.best}
+        failed = []
+        for name in names:
+            try:
+                save(state, self.folder / name)
+            except UserError as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
+        if self.args.keep_last:
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        """Removes numbered checkpoints but the newest; never any of later epochs than this."""
+        try:
+            names = [re.fullmatch(NUMBERED.format(r"(\d+)"), p.name) for p in self.folder.iterdir()]
+            epochs = sorted(int(name[1]) for name in names if name)
+            past = [epoch for epoch in epochs if epoch < self.epoch]
+            for epoch in past[: -self.args.keep_last]:
+                (self.folder / NUMBERED.format(epoch)).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning(f"warning: cannot remove old checkpoints: {error}")
+
+
+def resolve(args: argparse.Namespace, state: dict[str, Any]) -> None:
+    """Sets `accum_iter` and `lr` once the number of processes is known; nothing else sets flags.
+
+    With more or fewer processes than before, fewer or more batches are accumulated, if that gives
+    the same global batch: then steps per epoch and learning rate stay what they were.
+
+    Args:
+        state: the checkpoint to resume, or {}.
+    """
+    before, images = state.get("world_size"), state.get("global_batch")
+    now = get_world_size()
+    flags = state.get("args", {}).get("batch_size"), state.get("given_accum_iter")
+    same_flags = repr(flags) == repr((args.batch_size, args.accum_iter))
+    # With as many processes as before, other flags are meant; the same ones were adapted before.
+    if images and (before != now or (same_flags and images != global_batch(args))):
+        accum, rest = divmod(images, args.batch_size * now)
+        if accum and not rest:
+            args.accum_iter = accum
+            kept = f"with --accum_iter {accum} the global batch stays {images}"
+        else:
+            kept = f"the global batch was {images} and is {global_batch(args)}"
+        if before != now:
+            kept = f"not bit-exact from here: {before} processes before, {now} now; {kept}"
+        logger.info(kept)
+    scale_learning_rate(args)
+
+
+def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: str | Path) -> None:
+    """Raises UserError if `--resume auto` found a checkpoint of another script or objective."""
+    there, here = state.get("args", {}), vars(args)
+    for name in EXPERIMENT if there else ():
+        values = [repr(flags[name]) if name in flags else "no flag" for flags in (there, here)]
+        if values[0] != values[1]:
+            raise UserError(
+                f"--resume auto: {source} is of another experiment: --{name} is {values[0]} there, "
+                f"{values[1]} here; give another --output_dir, or --resume {source}"
+            )
+
+
+def load_state(part: Any, state: dict[str, Any]) -> None:
+    """Loads a state; an optimizer keeps the settings of the flags (learning rate, decay, ...).
+
+    Raises:
+        Exception: one of `MISFIT`: the state is of another kind, or its tensors do not fit, so that
+            an optimizer's step would read or write beyond them.
+    """
+    if not isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(state)
+        return
+    settings = part.state_dict()["param_groups"]
+    part.load_state_dict(state)
+    for group, own in zip(part.param_groups, settings, strict=True):
+        group.update({name: value for name, value in own.items() if name != "params"})
+    for parameter, values in part.state.items():
+        for name, value in values.items():
+            shape = torch.Size() if name == "step" else parameter.shape
+            dense = value.is_contiguous() or value.stride() == parameter.stride()
+            if value.shape != shape or not dense:
+                raise ValueError(f"{name} is not a tensor of shape {list(shape)}")

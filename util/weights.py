@@ -1,0 +1,115 @@
+"""An encoder's weights: how they are initialised, and how they are loaded from a checkpoint."""
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from util.errors import UserError
+from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
+
+logger = logging.getLogger(__name__)
+
+NORM_LAYER = partial(nn.LayerNorm, eps=1e-6)  # MAE's, in encoder and decoder
+
+# What a checkpoint may hold besides the encoder, by the beginnings of names.
+OTHER_PARTS = {
+    "decoder": ("decoder_", "mask_token"),
+    "projection head": ("projection_head.",),
+    "noise conditioning": ("noise_pe_mlp.",),
+    "classifier": ("head.",),
+}
+
+
+def initialize_encoder(model: nn.Module) -> None:
+    """MAE's: Xavier-uniform linear layers (the patch embedding too), cls token of std 0.02.
+
+    Args:
+        model: has `patch_embed`, `cls_token` and `pos_embed`; all of its linear layers are set.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.patch_embed.proj.weight.data.flatten(1))
+    nn.init.normal_(model.cls_token, std=0.02)
+    set_positions(model.pos_embed, model.patch_embed.grid_size)
+
+
+def set_positions(embedding: nn.Parameter, grid_size: tuple[int, int]) -> None:
+    """Fills [1, 1 + L, D] with the sine-cosine position embeddings."""
+    values = get_2d_sincos_pos_embed(embedding.shape[-1], grid_size, cls_token=True)
+    embedding.data.copy_(torch.from_numpy(values))
+
+
+def load_model(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Loads all of a model's tensors.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of another shape; names the first.
+    """
+    check_same(model.state_dict(), weights, source)
+    model.load_state_dict(weights)
+
+
+def check_same(own: dict[str, Tensor], weights: dict[str, Tensor], source: str | Path) -> None:
+    """Raises UserError unless names, shapes and kinds match and all weights are finite."""
+    other = f"{source} is of another architecture"
+    for name, tensor in own.items():
+        if name not in weights:
+            raise UserError(f"{other}: it has no {name}")
+        found = weights[name]
+        if found.shape != tensor.shape:
+            raise UserError(f"{other}: {name} is {list(found.shape)}, not {list(tensor.shape)}")
+        if found.is_floating_point() != tensor.is_floating_point():
+            raise UserError(f"{source} is damaged: {name} is {found.dtype}, not {tensor.dtype}")
+        if not found.float().isfinite().all():
+            raise UserError(f"{source} contains non-finite values in {name} (NaN or infinite)")
+    if unexpected := [name for name in weights if name not in own]:
+        raise UserError(f"{other}: unexpected tensor {unexpected[0]}")
+
+
+def encoder_part(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The encoder's tensors, and the number of tensors of each other part."""
+    encoder, others = {}, {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("module.").removeprefix("_orig_mod.")  # left by DDP, compile
+        for part, beginnings in OTHER_PARTS.items():
+            if name.startswith(beginnings):
+                others[part] = others.get(part, 0) + 1
+                break
+        else:
+            encoder[name] = tensor
+    return encoder, others
+
+
+def load_encoder(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Loads all of a downstream ViT except its `head`, and logs what was used and what was not.
+
+    Position embeddings are resized to the model's grid. If the model has an `fc_norm` and the
+    weights, being pretrained, have none, it stays new and their `norm` is not used, as in MAE.
+
+    Args:
+        weights: `load`'s "model": of CAN or MAE, pretrained or fine-tuned, or timm's.
+        source: where they come from, for messages.
+    Raises:
+        UserError: a tensor of the encoder is missing or of another shape, or the weights hold an
+            unexpected one; names the first.
+    """
+    encoder, unused = encoder_part(weights)
+    wanted = {name: t for name, t in model.state_dict().items() if not name.startswith("head.")}
+    new = ["head"]
+    if "fc_norm.weight" in wanted and "norm.weight" in encoder:
+        new.append("fc_norm")
+        for kind in ("weight", "bias"):
+            del wanted[f"fc_norm.{kind}"], encoder[f"norm.{kind}"]
+        unused["norm"] = 2
+    interpolate_pos_embed(model, encoder)
+    check_same(wanted, encoder, source)
+    model.load_state_dict(model.state_dict() | encoder)
+    left = ", ".join(f"{part} ({count})" for part, count in unused.items()) or "nothing"
+    logger.info(
+        f"encoder: {len(encoder)} tensors of {source}; not used: {left}; new: {', '.join(new)}"
+    )
