@@ -1,22 +1,29 @@
-"""What the tests share: real images, and scripts run as people run them."""
+"""What the tests share: real images, small models, and scripts run as people run them."""
 
+import argparse
 import gc
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.multiprocessing import start_processes
 
+import model_mae
+from util.args import pretrain_parser
 from util.errors import STOP_SIGNALS
+from util.run import checkpoint, training
 from util.run.launch import launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,12 +37,31 @@ os.register_at_fork(after_in_child=gc.freeze)
 # A model and a batch that take milliseconds; `--num_workers 0` saves the loader's processes.
 TINY = ["--model", "mae_vit_tiny_patch4", "--input_size", "8", "--num_workers", "0"]
 TINY += ["--device", "cpu"]
+VIT = ["--model", "vit_tiny_patch4", *TINY[2:]]
+
+SMALL = {
+    "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4,
+    "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 4,
+    "norm_layer": model_mae.NORM_LAYER,
+}  # fmt: skip
 
 
 def fill(shape: tuple[int, ...], k: int, scale: float) -> torch.Tensor:
     """The reference values' numbers: scale * sin(0.37 (k + 1) n + k) for n = 1, 2, ..."""
     n = np.arange(1, np.prod(shape) + 1)
     return torch.from_numpy(scale * np.sin(n * 0.37 * (k + 1) + k)).float().reshape(shape)
+
+
+def small_mae(**kwargs) -> model_mae.MaskedAutoencoderViT:
+    torch.manual_seed(0)
+    return model_mae.MaskedAutoencoderViT(**{**SMALL, "noise_loss": True, **kwargs})
+
+
+def objective(**flags) -> argparse.Namespace:
+    """Pretraining's flags, by default or as given."""
+    args = pretrain_parser().parse_args(["--data_path", "x"])
+    vars(args).update(flags)
+    return args
 
 
 def free_port() -> int:
@@ -87,6 +113,50 @@ def the_error(stderr: str) -> str:
     return lines[0]
 
 
+def at_step(monkeypatch, epoch: int, index: int, act: Callable[[], object]) -> None:
+    """Calls `act` at the beginning of a batch."""
+
+    def seed_all(seed, *position, original=training.seed_all):
+        original(seed, *position)
+        if position[:2] == (epoch, index):
+            act()
+
+    monkeypatch.setattr(training, "seed_all", seed_all)
+
+
+def state_of(folder: Path, name: str = "last") -> dict:
+    return torch.load(folder / f"checkpoint-{name}.pth", weights_only=True)
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def losses_of(folder: Path) -> list[dict]:
+    """What the log says of learning, without its timings."""
+    timings = ("train_images_per_second", "train_data_wait")
+    return [{k: v for k, v in line.items() if k not in timings} for line in log_of(folder)]
+
+
+def assert_same_state(file: Path, other: Path) -> None:
+    """Two checkpoints hold the same weights, optimizer state and results, bit for bit."""
+    one, two = (torch.load(path, weights_only=True) for path in (file, other))
+    for key in ("model", "optimizer", "scaler", "epoch", "best"):
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Two runs ended in the same state, and logged the same losses."""
+    assert_same_state(folder / checkpoint.LAST, other / checkpoint.LAST)
+    assert losses_of(folder) == losses_of(other)
+
+
+def content_of(folder: Path) -> dict:
+    """The files and folders in a folder, with the files' sizes."""
+    files = [path for path in folder.rglob("*") if not path.is_fifo() and not path.is_socket()]
+    return {path: path.stat().st_size for path in files if path.is_file()} | dict.fromkeys(files)
+
+
 def in_processes(function, count: int, *args) -> None:
     """Runs function(rank, init_file, *args) in `count` processes, each in a gloo group."""
     start_processes(
@@ -128,3 +198,48 @@ def photos(tmp_path_factory) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(tile).save(folder / f"{i:02d}.jpg", quality=90)
     return root
+
+
+@pytest.fixture
+def photos_run(photos, tmp_path) -> list:
+    """Flags of a run over 48 real images in steps of 16, three an epoch."""
+    return ["--data_path", photos, *TINY, "--batch_size", 16, "--output_dir", tmp_path / "out"]
+
+
+@pytest.fixture
+def flags(photos, tmp_path) -> list:
+    """Flags of the same run with a smaller model. Some files have their own fixture instead."""
+    model = ["--model", "mae_vit_nano_patch4", *TINY[2:], "--warmup_epochs", 1]
+    return ["--data_path", photos, *model, "--batch_size", 16, "--output_dir", tmp_path / "out"]
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Starts scripts, and the commands for checkpoints, within milliseconds."""
+    scripts = ["main_pretrain", "main_finetune", "main_linprobe"]
+    with Forks(*scripts, "util.export", "util.visualize") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def light_forks():
+    """The same for submitting, which does not need torch."""
+    with Forks("submitit_pretrain", "submitit_finetune", "submitit_linprobe") as server:
+        yield server
+
+
+@pytest.fixture
+def refused(forks, light_forks, tmp_path):
+    """Runs a script that must fail without writing anything; returns its one line."""
+    folder = tmp_path / "working folder"
+    folder.mkdir()
+
+    def check(module: str, *flags: object, status: int = 1, **kwargs) -> str:
+        before = content_of(tmp_path)
+        server = light_forks if module.startswith("submitit_") else forks
+        result = server.run(module, *flags, cwd=folder, **kwargs)
+        assert result[0] == status, result
+        assert content_of(tmp_path) == before
+        return the_error(result[2])
+
+    return check

@@ -1,20 +1,12 @@
-"""The masked autoencoder: reference values, what is noised, kept, frozen and computed."""
+"""The masked autoencoder: reference values, what is noised, kept and computed."""
 
 import pytest
 import torch
-from conftest import fill
+from conftest import fill, objective, small_mae
 
 import model_mae
 from engine_pretrain import total_loss
 from model_mae import MODELS, MaskedAutoencoderViT, noise_level_embedding
-from util.args import pretrain_parser
-from util.pos_embed import get_2d_sincos_pos_embed
-
-SMALL = {
-    "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4,
-    "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 4,
-    "norm_layer": model_mae.NORM_LAYER,
-}  # fmt: skip
 
 # Losses (reconstruction, contrastive, noise), total, gradient norm and sum |pred| of the public
 # release's model of this size, std 0, with every weight filled by `filled` and fixed mask scores.
@@ -37,11 +29,6 @@ BLOCK_KEYS = [
 ]  # fmt: skip
 
 
-def small(**kwargs) -> MaskedAutoencoderViT:
-    torch.manual_seed(0)
-    return MaskedAutoencoderViT(**{**SMALL, "noise_loss": True, **kwargs})
-
-
 def filled(model: MaskedAutoencoderViT) -> MaskedAutoencoderViT:
     """The reference's weights: deterministic numbers by the alphabetical place of each name."""
     state = model.state_dict()
@@ -53,16 +40,10 @@ def filled(model: MaskedAutoencoderViT) -> MaskedAutoencoderViT:
     return model
 
 
-def objective(**flags) -> object:
-    args = pretrain_parser().parse_args(["--data_path", "x"])
-    vars(args).update(flags)
-    return args
-
-
 @pytest.mark.parametrize(("case", "expected"), REFERENCE.items(), ids=str)
 def test_losses_and_gradients_equal_the_reference(case, expected, monkeypatch):
     mask_ratio, norm_pix_loss = case
-    model = filled(small(std=0.0, norm_pix_loss=norm_pix_loss))
+    model = filled(small_mae(std=0.0, norm_pix_loss=norm_pix_loss))
     scores, rand = fill((8, 16), 7, 0.5) + 0.5, torch.rand
     monkeypatch.setattr(
         torch, "rand", lambda *size, **kw: scores if size == (8, 16) else rand(*size, **kw)
@@ -91,11 +72,11 @@ def test_state_dict_keys_are_the_release_s():
         "decoder_norm.weight", "decoder_norm.bias", "decoder_pred.weight", "decoder_pred.bias",
     ]  # fmt: skip
     for kwargs in ({}, {"noise_loss": False, "contrastive": False}, {"reconstruct": False}):
-        assert sorted(small(**kwargs).state_dict()) == sorted(expected)
+        assert sorted(small_mae(**kwargs).state_dict()) == sorted(expected)
 
 
 def test_noise_leaves_the_images_and_the_target_clean():
-    model = small(std=5.0)
+    model = small_mae(std=5.0)
     imgs = torch.randn(8, 3, 32, 32)
     before = imgs.clone()
     parts = model(imgs, 0.5)
@@ -108,7 +89,7 @@ def test_noise_leaves_the_images_and_the_target_clean():
 def test_noise_is_uniform_in_level_and_normal_in_shape():
     torch.manual_seed(0)
     imgs = torch.zeros(4000, 3, 8, 8)
-    noised, noise, level = small(img_size=8, std=0.2).add_noise(imgs)
+    noised, noise, level = small_mae(img_size=8, std=0.2).add_noise(imgs)
     assert torch.equal(noised, noise)
     measured = noise.flatten(1).std(dim=1) / (0.2 * level)
     assert measured.mean().item() == pytest.approx(1, abs=0.01)  # 192 pixels: spread 0.05
@@ -117,7 +98,7 @@ def test_noise_is_uniform_in_level_and_normal_in_shape():
 
 
 def test_noise_term_has_the_zero_prediction_s_value_beside_it():
-    model = small(std=0.3)
+    model = small_mae(std=0.3)
     imgs = torch.randn(64, 3, 32, 32)
     noise = torch.randn_like(imgs) * 0.3
     mask = torch.zeros(64, 16)
@@ -129,7 +110,7 @@ def test_noise_term_has_the_zero_prediction_s_value_beside_it():
 
 
 def test_noise_level_changes_the_prediction():
-    model = small()
+    model = small_mae()
     latent, _, ids_restore = model.forward_encoder(torch.randn(2, 3, 32, 32), 0.5)
     with torch.no_grad():
         low, high = (
@@ -149,7 +130,7 @@ def test_noise_level_embedding_spans_its_range():
 
 
 def test_per_patch_normalisation_has_mean_0_and_variance_1():
-    model = small(norm_pix_loss=True)
+    model = small_mae(norm_pix_loss=True)
     imgs = torch.randn(2, 3, 32, 32) * 7 + 3
     patches = model.patchify(imgs)
     normalised = (patches - patches.mean(-1, keepdim=True)) / model.patch_std(patches)
@@ -160,7 +141,7 @@ def test_per_patch_normalisation_has_mean_0_and_variance_1():
 
 @pytest.mark.parametrize(("mask_ratio", "kept"), [(0.75, 4), (0.5, 8), (0.9, 1), (0.0, 16)])
 def test_masking_keeps_the_stated_number(mask_ratio, kept):
-    model = small()
+    model = small_mae()
     x = torch.arange(16.0).reshape(1, 16, 1).expand(3, -1, 2)
     tokens, mask, ids_restore = model.random_masking(x, mask_ratio)
     assert tokens.shape == (3, kept, 2)
@@ -174,12 +155,12 @@ def test_masking_keeps_the_stated_number(mask_ratio, kept):
 
 def test_every_patch_is_kept_equally_often():
     torch.manual_seed(0)
-    _, mask, _ = small().random_masking(torch.zeros(4000, 16, 1), 0.5)
+    _, mask, _ = small_mae().random_masking(torch.zeros(4000, 16, 1), 0.5)
     assert (mask.mean(0) - 0.5).abs().max() < 0.04  # 5 standard errors
 
 
 def test_embedding_kept_patches_equals_embedding_all_and_choosing():
-    model = small()
+    model = small_mae()
     imgs = torch.randn(2, 3, 32, 32)
     seen = []
     model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -194,7 +175,7 @@ def test_embedding_kept_patches_equals_embedding_all_and_choosing():
 
 @pytest.mark.parametrize(("size", "channels"), [((32, 32), 3), ((16, 40), 1), ((24, 8), 5)])
 def test_any_channels_and_rectangles(size, channels):
-    model = small(img_size=size, in_chans=channels)
+    model = small_mae(img_size=size, in_chans=channels)
     imgs = torch.randn(4, channels, *size)
     assert torch.equal(model.unpatchify(model.patchify(imgs)), imgs)
     parts = model(imgs, 0.5)
@@ -204,96 +185,13 @@ def test_any_channels_and_rectangles(size, channels):
 
 def test_patchify_puts_channels_last_within_a_patch():
     imgs = torch.arange(2 * 3 * 16 * 16.0).reshape(2, 3, 16, 16)
-    patches = small(img_size=16).patchify(imgs)
+    patches = small_mae(img_size=16).patchify(imgs)
     assert torch.equal(patches[1, 3].reshape(8, 8, 3), imgs[1, :, 8:, 8:].permute(1, 2, 0))
 
 
 def test_image_size_must_be_whole_patches():
     with pytest.raises(ValueError, match="32, 30"):
-        small(img_size=(32, 30))
-
-
-def test_mae_objective_runs_neither_projector_nor_gather(monkeypatch):
-    def never(*_):
-        raise AssertionError("the MAE baseline must not contrast")
-
-    monkeypatch.setattr("loss_contrastive.gather_with_grad", never)
-    monkeypatch.setattr("engine_pretrain.nt_xent", never)
-    model = small(noise_loss=False, contrastive=False)
-    model.projection_head.register_forward_hook(never)
-    model.noise_pe_mlp.register_forward_hook(never)
-    parts = model(torch.randn(4, 3, 32, 32), 0.75)
-    losses = total_loss(parts, objective(weight_simclr=0.0, weight_mae=1.0, noise_loss=False))
-    assert sorted(losses) == ["loss", "reconstruction"]
-    assert losses["loss"] == losses["reconstruction"]
-
-
-def test_simclr_objective_runs_no_decoder():
-    model = small(noise_loss=False, reconstruct=False)
-    parts = model(torch.randn(4, 3, 32, 32), 0.0)
-    assert sorted(parts) == ["embedding", "mask"]
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "frozen"),
-    [
-        ({}, set()),
-        ({"noise_loss": False}, {"noise_pe_mlp"}),
-        ({"noise_loss": False, "contrastive": False}, {"noise_pe_mlp", "projection_head"}),
-        (
-            {"reconstruct": False},
-            {"noise_pe_mlp", "mask_token", "decoder_embed", "decoder_blocks", "decoder_norm",
-             "decoder_pred"},
-        ),
-    ],
-    ids=["CAN", "no noise", "MAE", "SimCLR"],
-)  # fmt: skip
-def test_exactly_the_trained_parameters_get_gradients(kwargs, frozen):
-    model = small(**kwargs)
-    mask_ratio = 0.5 if model.reconstruct else 0.0
-    weights = {"weight_simclr": 0.03 * model.contrastive, "weight_mae": 0.97 * model.reconstruct}
-    total_loss(model(torch.randn(4, 3, 32, 32), mask_ratio), objective(**weights))[
-        "loss"
-    ].backward()
-    without = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None}
-    assert without == frozen | {"pos_embed", "decoder_pos_embed"}
-
-
-def test_contrast_alone_tells_a_batch_of_images_apart():
-    torch.manual_seed(0)
-    imgs = torch.randn(8, 3, 32, 32)
-    views = torch.cat([imgs, imgs]) + 0.3 * torch.randn(16, 3, 32, 32)
-    model = small(noise_loss=False, reconstruct=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(40):
-        losses = total_loss(model(views, 0.5), objective(weight_simclr=1.0, weight_mae=0.0))
-        losses["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses["contrastive"] < 0.5  # chance is log 15 = 2.7
-    assert losses["contrastive_top1"] > 0.8
-
-
-def test_total_is_the_documented_weighted_sum():
-    parts = {name: torch.tensor(v) for name, v in [("reconstruction", 2.0), ("noise", 3.0)]}
-    losses = total_loss(parts, objective())
-    assert losses["loss"].item() == pytest.approx(0.679 * 2 + 0.291 * 3)
-
-
-def test_position_embedding_equals_the_reference():
-    embedding = get_2d_sincos_pos_embed(48, 4, cls_token=True)
-    assert embedding.shape == (17, 48)
-    assert embedding.sum() == pytest.approx(390.9592524042382, rel=1e-12)
-    assert abs(embedding).sum() == pytest.approx(413.4574817345996, rel=1e-12)
-    assert embedding[5, :8].tolist() == [0.0] * 8  # second row, first column: columns come first
-    assert embedding[6, :4].tolist() == pytest.approx(
-        [0.8414709848078965, 0.4476708347189572, 0.21378066605529897, 0.09983341664682815]
-    )
-
-
-def test_position_embedding_of_a_rectangle_is_a_part_of_the_square_s():
-    square = get_2d_sincos_pos_embed(16, 5).reshape(5, 5, 16)
-    assert (get_2d_sincos_pos_embed(16, (3, 5)).reshape(3, 5, 16) == square[:3]).all()
+        small_mae(img_size=(32, 30))
 
 
 @pytest.mark.parametrize(

@@ -1,42 +1,20 @@
 """Pretraining from flags to files, in this process and in two."""
 
-import itertools
-import json
 import logging
 import math
-import os
-import signal
-import time
 
 import pytest
 import torch
 import torch._inductor.config
-from conftest import TINY, in_processes, python, run_main, the_error
+from conftest import TINY, log_of, losses_of, python, run_main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
 from util.lr_sched import adjust_learning_rate
-from util.run import checkpoint, run, training
-from util.run.interrupt import Interrupts
+from util.run import training
 
 DIGITS = ["--data_path", "digits", *TINY]
 MAE = ["--weight_simclr", 0, "--weight_mae", 1]
-
-
-@pytest.fixture
-def photos_run(photos, tmp_path):
-    """Flags of a run over 48 real images in steps of 16, three an epoch."""
-    return ["--data_path", photos, *TINY, "--batch_size", 16, "--output_dir", tmp_path / "out"]
-
-
-def log_of(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
-def losses_of(folder) -> list[dict]:
-    """What the log says of learning, without its timings."""
-    timings = ("train_images_per_second", "train_data_wait")
-    return [{k: v for k, v in line.items() if k not in timings} for line in log_of(folder)]
 
 
 def test_all_losses_fall_on_digits(tmp_path):
@@ -100,119 +78,6 @@ def test_empty_output_dir_saves_nothing(photos_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_main(main_pretrain, *photos_run, "--epochs", 1, "--output_dir", "") == 0
     assert list(tmp_path.iterdir()) == []
-
-
-def assert_same_run(folder, other):
-    """The same weights, optimiser and logged losses, bit for bit."""
-    ends = [torch.load(f / checkpoint.LAST, weights_only=True) for f in (folder, other)]
-    for key in ("model", "optimizer", "scaler", "epoch"):
-        torch.testing.assert_close(ends[0][key], ends[1][key], rtol=0, atol=0)
-    assert losses_of(folder) == losses_of(other)
-
-
-def test_resuming_after_an_epoch_equals_never_having_stopped(photos_run, tmp_path, monkeypatch):
-    flags = [*photos_run, "--epochs", 3, "--warmup_epochs", 1]
-    assert run_main(main_pretrain, *flags) == 0
-
-    def stop_after_the_second(self, epoch, save=run.Run.save):
-        save(self, epoch)
-        if epoch == 1:
-            raise KeyboardInterrupt
-
-    again = [*flags, "--output_dir", tmp_path / "again", "--resume", "auto"]
-    with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "save", stop_after_the_second)
-        assert run_main(main_pretrain, *again) == 130
-    assert run_main(main_pretrain, *again) == 0
-    assert_same_run(tmp_path / "out", tmp_path / "again")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_within_an_epoch_loses_nothing(number, photos_run, tmp_path, monkeypatch):
-    """Steps of 4 images, 12 an epoch; the signal comes in the second epoch's fifth step."""
-    monkeypatch.setattr(training, "PRINT_FREQ", 3)
-    flags = [*photos_run, "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 2, "--accum_iter", 2]
-    assert run_main(main_pretrain, *flags) == 0
-
-    def signalled(seed, *position, seed_all=training.seed_all):
-        seed_all(seed, *position)
-        if position[:2] == (1, 9):
-            os.kill(os.getpid(), number)
-
-    again = [*flags, "--output_dir", tmp_path / "again", "--resume", "auto"]
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "seed_all", signalled)
-        assert run_main(main_pretrain, *again) == 128 + number
-    state = torch.load(tmp_path / "again" / checkpoint.LAST, weights_only=True)
-    assert (state["epoch"], state["images"]) == (0, 5 * 4)
-    assert run_main(main_pretrain, *again) == 0
-    assert_same_run(tmp_path / "out", tmp_path / "again")
-
-    curves = []
-    for name in ("out", "again"):
-        events = EventAccumulator(str(tmp_path / name))
-        events.Reload()
-        curves.append([(e.step, e.value) for e in events.Scalars("loss/loss")])
-    assert curves[0] == curves[1]
-
-
-def test_saves_within_an_epoch_by_the_clock(photos_run, tmp_path, monkeypatch):
-    saves = []
-    monkeypatch.setattr(run, "save", lambda state, path: saves.append(state.get("images")))
-    assert run_main(main_pretrain, *photos_run, "--epochs", 1, "--save_interval", 1e-9) == 0
-    assert saves == [16, 32, 48, None, None]  # each step, then checkpoint-last and checkpoint-0
-
-
-def polls_of_a_rank(rank: int, out: str) -> None:
-    """Steps of 20 ms on rank 0, whose clock asks for a save every 100 ms; rank 1 gets a signal."""
-    interrupts = Interrupts(0.1 if rank == 0 else 3600)
-    saves = []
-    for step in range(40):
-        if (rank, step) == (1, 30):
-            os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(0.02)
-        number, due = interrupts.poll()
-        if number:
-            break
-        if due:
-            saves.append(step)
-            interrupts.saved()
-    torch.save((saves, number, step), f"{out}/{rank}.pth")
-
-
-def test_ranks_save_and_stop_at_the_same_steps(tmp_path):
-    in_processes(polls_of_a_rank, 2, str(tmp_path))
-    ranks = [torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)]
-    assert ranks[0] == ranks[1]
-    saves, number, step = ranks[0]
-    assert (number, step) == (signal.SIGUSR1, 31)  # flags are read a step late
-    assert saves
-    assert min(b - a for a, b in itertools.pairwise(saves)) > 1  # once per interval
-
-
-def test_a_log_cut_off_by_a_crash_is_mended(photos_run, tmp_path):
-    assert run_main(main_pretrain, *photos_run, "--epochs", 1) == 0
-    with open(tmp_path / "out" / "log.txt", "a") as file:
-        file.write('{"epoch": 1, "train_lo')
-    assert run_main(main_pretrain, *photos_run, "--epochs", 2, "--resume", "auto") == 0
-    assert [line["epoch"] for line in log_of(tmp_path / "out")] == [0, 1]
-
-
-def test_tensorboard_shows_every_term_and_a_picture(photos_run, tmp_path):
-    assert run_main(main_pretrain, *photos_run, "--epochs", 2, "--log_dir", tmp_path / "tb") == 0
-    events = EventAccumulator(str(tmp_path / "tb"))
-    events.Reload()
-    tags = events.Tags()
-    assert set(tags["scalars"]) == {
-        "loss/loss", "loss/reconstruction", "loss/contrastive", "loss/noise", "loss/noise_zero",
-        "train/contrastive_top1", "train/grad_norm", "train/lr", "train/images_per_second",
-        "train/data_wait",
-    }  # fmt: skip
-    assert tags["images"] == ["reconstruction"]
-    assert [event.step for event in events.Images("reconstruction")] == [3, 6]
-    assert [event.step for event in events.Scalars("loss/loss")] == [3, 6]
-    zero = events.Scalars("loss/noise_zero")[0].value
-    assert zero == pytest.approx(0.05**2 / 3, rel=0.25)  # E sigma^2, from 96 noise levels
 
 
 def test_schedule_equals_the_reference():
@@ -307,22 +172,6 @@ def test_the_host_waits_for_metrics_once_a_window(monkeypatch, tmp_path):
     assert run_main(main_pretrain, *DIGITS, *flags) == 0
     # 179 steps are 9 windows: one transfer of the sums, one of the gradient norm
     assert 9 <= len(fetched) - before <= 2 * 9 + 2
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(photos_run, tmp_path, capsys, monkeypatch):
-    assert run_main(main_pretrain, *photos_run, "--epochs", 2) == 0
-    good = (tmp_path / "out/checkpoint-last.pth").read_bytes()
-    capsys.readouterr()
-    monkeypatch.setattr(
-        "engine_pretrain.nt_xent", lambda x, **_: (x.sum() * math.nan, torch.tensor(0.0))
-    )
-    # also when a save within the epoch falls due before the next look at the losses
-    for flags, words in ([], "loss is nan"), (["--save_interval", 1e-9], "is not finite"):
-        assert run_main(main_pretrain, *photos_run, "--epochs", 3, "--resume", "auto", *flags) == 1
-        line = the_error(capsys.readouterr().err)
-        assert words in line
-        assert "epoch 2" in line
-    assert (tmp_path / "out/checkpoint-last.pth").read_bytes() == good
 
 
 def test_no_weight_decay_on_biases_norms_and_tokens(photos_run, monkeypatch):

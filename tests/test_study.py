@@ -159,8 +159,8 @@ def test_results_are_the_tables_of_the_logs(capsys):
     assert [line for line in shown if line not in results] == []
 
 
-def test_the_readme_s_numbers_are_the_logs():
-    readme = (ROOT / "README.md").read_text()
+def test_the_documents_numbers_are_the_logs():
+    readme = "".join((ROOT / name).read_text() for name in ("README.md", "PRETRAIN.md"))
     logs = tables.read(study.LOGS / "methods", study.METHODS)
     for name, records in logs.items():
         if "probe" in records[0]:

@@ -26,11 +26,8 @@ def param_groups_lrd(
             continue
         layer = get_layer_id_for_vit(name, last)
         decays = parameter.ndim > 1 and name not in no_weight_decay_list
-        group = {
-            "lr_scale": layer_decay ** (last - layer),
-            "weight_decay": weight_decay if decays else 0.0,
-            "params": [],
-        }
+        decay = weight_decay if decays else 0.0
+        group = {"lr_scale": layer_decay ** (last - layer), "weight_decay": decay, "params": []}
         groups.setdefault((layer, decays), group)["params"].append(parameter)
     return list(groups.values())
 

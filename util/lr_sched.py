@@ -9,7 +9,7 @@ from util.distributed import get_world_size
 
 
 def global_batch(args: argparse.Namespace) -> int:
-    """Images per optimiser step, over all processes."""
+    """Images per optimizer step, over all processes."""
     return args.batch_size * args.accum_iter * get_world_size()
 
 

@@ -70,6 +70,7 @@ class MetricLogger:
 
     Attributes:
         last: the last window that was not empty, for a run that resumes there.
+        _window, _epoch, _since: sums since the last call and over the epoch; when the window began.
     """
 
     def __init__(self):

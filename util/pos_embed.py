@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.ndarray:
     """[M, D] embeddings of M positions: D/2 sines, then D/2 cosines (Vaswani et al. 2017)."""
-    if embed_dim % 2:
-        raise ValueError(f"embed_dim {embed_dim} is not even")
     omega = 10000.0 ** (-np.arange(embed_dim // 2) / (embed_dim / 2))
     angles = np.outer(pos, omega)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

@@ -110,6 +110,5 @@ def load_encoder(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
     check_same(wanted, encoder, source)
     model.load_state_dict(model.state_dict() | encoder)
     left = ", ".join(f"{part} ({count})" for part, count in unused.items()) or "nothing"
-    logger.info(
-        f"encoder: {len(encoder)} tensors of {source}; not used: {left}; new: {', '.join(new)}"
-    )
+    used, added = f"{len(encoder)} tensors of {source}", ", ".join(new)
+    logger.info(f"encoder: {used}; not used: {left}; new: {added}")

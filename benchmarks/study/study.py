@@ -6,7 +6,7 @@
 `--data_path` is a folder with train/ and val/, such as an ImageFolder of CIFAR-10, or `cifar10`
 (torchvision's, downloaded). Every run is pretraining and its probes, a process each, on the GPU if
 there is one; its log is LOGS/WHAT/NAME-SEED.json. What has a log is not run again, and what was
-interrupted goes on where it was. `tables.py` and `draw.py` show what the logs say.
+interrupted continues where it was. `tables.py` and `draw.py` show what the logs say.
 
 Test images are for the final numbers alone: of each training the last epoch counts, not the best.
 """

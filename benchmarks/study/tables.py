@@ -157,7 +157,7 @@ def images_error(between: float, within: float, test_images: int) -> float:
 
 
 def differences(logs: Logs, can: list[dict], deviations: dict[str, float], images: float) -> None:
-    """Each run's accuracies less CAN's, with standard errors: `deviations` and `images`."""
+    """Each run's accuracies minus CAN's, with standard errors: `deviations` and `images`."""
     base = accuracies(can)
     rows = [["can", str(len(can)), *(written(base[column]) for column in MAIN_READOUTS)]]
     for name, records in logs.items():
@@ -170,7 +170,7 @@ def differences(logs: Logs, can: list[dict], deviations: dict[str, float], image
             mark = "*" * min(2, max(0, int(abs(change) / error) - 1))
             cells.append(f"{mark}{change:+.1f}{mark} ± {error:.1f}")
         rows.append([name, str(len(records)), *cells])
-    markdown(["less CAN", "seeds", *MAIN_READOUTS], rows)
+    markdown(["minus CAN", "seeds", *MAIN_READOUTS], rows)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -42,6 +42,7 @@ class DeviceLoader(DataLoader):
         num_workers: in place of the flag's.
     Attributes:
         bad: the images that were unreadable so far; the same on all ranks.
+        _met: those that this rank has met since the last report, with the reasons.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class DeviceLoader(DataLoader):
         )
         self.output_dir = args.output_dir
         self.bad: set[str] = set()
-        self._met: dict[str, str] = {}  # by this rank, since the last report
+        self._met: dict[str, str] = {}
         self.device, self.finish = device, to_device if on_host or not finish else finish
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 

@@ -104,10 +104,8 @@ def _read(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         reason = str(error).replace("WeightsUnpickler error: ", "").strip().splitlines()
         reason = next((line for line in reason if "GLOBAL" in line or "Unsupported" in line), "")
-        raise UserError(
-            f"{path} is not a checkpoint of tensors and plain types; nothing in it "
-            f"was run. {reason}".strip()
-        ) from None
+        why = "is not a checkpoint of tensors and plain types; nothing in it was run."
+        raise UserError(f"{path} {why} {reason}".strip()) from None
     except Exception as error:  # the readers raise all kinds for files that are not theirs
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read checkpoint {path}: {line}") from None

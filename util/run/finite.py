@@ -26,11 +26,14 @@ class FiniteCheck:
     Args:
         skips: how many steps in a row may be skipped.
         scaled: float16's loss scaling is on; it skips steps with infinite gradients by itself.
+    Attributes:
+        _in_a_row: steps that were not finite, by whether it was because of too large a loss scale.
+        _pending: place, names, values of the step to read next, and when they are copied.
     """
 
     def __init__(self, skips: int, scaled: bool):
         self.skips, self.scaled = skips, scaled
-        self._in_a_row = {True: 0, False: 0}  # by whether the loss scale was too large
+        self._in_a_row = {True: 0, False: 0}
         self._pending: tuple[str, list[str], Tensor, torch.cuda.Event | None] | None = None
 
     def step(self, place: str, values: dict[str, Tensor]) -> bool:

@@ -23,13 +23,16 @@ class Interrupts:
 
     Args:
         save_interval: seconds between saves within an epoch.
+    Attributes:
+        _requested: the signal that asked this rank to stop; 0 for none.
+        _since: when the interval began.
+        _pending: flags being reduced beside the gradients; read one step late, so no rank waits.
+        _late: whether those asked for the save that was just made.
     """
 
     def __init__(self, save_interval: float):
         self.save_interval = save_interval
-        self._requested = 0  # the signal that asked this rank to stop
-        self._polled = False
-        # The flags are reduced beside the gradients and read one step late, so no rank waits.
+        self._requested, self._polled = 0, False
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
         self.saved()
         for number in STOP_SIGNALS:
@@ -67,7 +70,7 @@ class Interrupts:
     def saved(self) -> None:
         """Restarts the save interval; every rank calls it after the same step."""
         self._since = time.monotonic()
-        self._late = self._pending is not None  # flags on their way asked for the save just made
+        self._late = self._pending is not None
 
 
 def _handle(number: int, handler: Callable) -> None:

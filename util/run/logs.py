@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,9 @@ class RunLog:
             epoch is trained and only its evaluation is left, that includes its last step's, where
             the evaluation's points are.
         steps: of an epoch.
+    Attributes:
+        _path, _folder: of log.txt and of TensorBoard's files; empty on other ranks.
+        _writer, _purge_step: TensorBoard's, opened for the first point, which drops later ones.
     """
 
     def __init__(self, args: argparse.Namespace, run: Run, steps: int):
@@ -71,8 +75,8 @@ class RunLog:
 
     def window(self, values: dict[str, float], step: int) -> None:
         """Adds a window's metrics to TensorBoard at a step counted from the run's beginning."""
-        tags = {n: f"loss/{n}" if n in LOSSES else f"train/{n}" for n in values}
-        self._scalars({tags[name]: value for name, value in values.items()}, step)
+        tagged = {f"{'loss' if n in LOSSES else 'train'}/{n}": v for n, v in values.items()}
+        self._scalars(tagged, step)
 
     def epoch(self, epoch: int, train: dict[str, float], tests: dict[str, float]) -> None:
         """Adds a line to log.txt, and the scores of the evaluation to TensorBoard.
@@ -103,14 +107,10 @@ class RunLog:
         self._write(lambda writer: writer.add_image(name, image, step))
 
     def _scalars(self, values: dict[str, float], step: int) -> None:
-        def add(writer: SummaryWriter) -> None:
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-
         if values:
-            self._write(add)
+            self._write(lambda writer: [writer.add_scalar(n, v, step) for n, v in values.items()])
 
-    def _write(self, add: Callable[[SummaryWriter], None]) -> None:
+    def _write(self, add: Callable[[SummaryWriter], Any]) -> None:
         if not self._folder:
             return
         try:

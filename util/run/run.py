@@ -46,9 +46,12 @@ class Run:
         args: output_dir ('' saves nothing), data_path, save_freq, save_interval, keep_last, epochs,
             start_epoch, resume; accum_iter and lr are resolved here, see `resolve`.
     Attributes:
-        epoch, step: where the run stands.
+        epoch, step: the current position.
         best: the highest score so far.
-        folder: of the checkpoints, None for none.
+        folder: of the checkpoints; None for none.
+        _model, _states; _loader, _metrics: what is saved, registered by `resume` and `begin`.
+        _resumed, _source: the checkpoint to resume, until all of it is loaded, and its path.
+        _interrupts, _given_accum_iter: stop requests and the clock; the flag as it was given.
     Raises:
         UserError: the folder holds another run, there is no such checkpoint, it is damaged, or with
             `--resume auto` of another experiment.
@@ -56,16 +59,14 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         from_rank_zero(lambda: check_folder(args))
-        self.args, self.given_accum_iter = args, args.accum_iter
+        self.args, self._given_accum_iter = args, args.accum_iter
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.epoch, self.step, self.best = args.start_epoch, 0, -math.inf
         self._interrupts = Interrupts(60 * args.save_interval)
-        # What is saved: `resume` registers the first two, `begin` the others.
         self._model: nn.Module | None = None
         self._states: dict[str, Any] = {}
         self._loader: DeviceLoader | None = None
         self._metrics: MetricLogger | None = None
-        # The checkpoint to resume, until all of it has been loaded, and where it was read.
         self._resumed: dict[str, Any] = {}
         resume = "" if vars(args).get("eval") else args.resume  # which --eval reads by itself
         self._source = self.folder / LAST if resume == "auto" else resume
@@ -96,9 +97,8 @@ class Run:
             return
         load_model(model, state.pop("model"), path)
         if missing := {*states, "epoch"} - state.keys():
-            raise UserError(
-                f"{path} cannot be resumed: it has no {' and no '.join(sorted(missing))}"
-            )
+            lacking = " and no ".join(sorted(missing))
+            raise UserError(f"{path} cannot be resumed: it has no {lacking}")
         for name, part in states.items():
             try:
                 load_state(part, state.pop(name))
@@ -182,26 +182,16 @@ class Run:
         self._save(names, {}, final)
 
     def _save(self, names: list[str], position: dict[str, Any], last_chance: bool) -> None:
-        """Writes files on rank 0, while others wait; a failure is an error at the last chance."""
+        """Writes files on rank 0, while others wait."""
         self._interrupts.saved()
-        if self.folder is None:
-            return
+        if self.folder is not None:
+            from_rank_zero(lambda: self._write(names, position, last_chance))
 
-        def write() -> None:
-            try:
-                self._write(names, position)
-            except UserError as error:
-                if last_chance:
-                    raise
-                logger.warning(f"warning: {error}; the run goes on, and tries again when it saves")
-
-        from_rank_zero(write)
-
-    def _write(self, names: list[str], position: dict[str, Any]) -> None:
-        """Raises UserError with the first failure, after trying all files."""
+    def _write(self, names: list[str], position: dict[str, Any], last_chance: bool) -> None:
+        """Tries all files; raises UserError with the first failure, if it is the last chance."""
         state = {name: part.state_dict() for name, part in self._states.items()} | position
         state |= {"model": self._model.state_dict(), "epoch": self.epoch - 1}
-        state |= {"args": vars(self.args), "given_accum_iter": self.given_accum_iter}
+        state |= {"args": vars(self.args), "given_accum_iter": self._given_accum_iter}
         state |= {"world_size": get_world_size(), "global_batch": global_batch(self.args)}
         state |= {"bad_images": sorted(self._loader.bad), "best": self.best}
         failed = []
@@ -210,17 +200,18 @@ class Run:
                 save(state, self.folder / name)
             except UserError as error:
                 failed.append(error)
-        if failed:
+        if failed and last_chance:
             raise failed[0]
-        if self.args.keep_last:
+        for error in failed:
+            logger.warning(f"warning: {error}; the run goes on, and tries again when it saves")
+        if self.args.keep_last and not failed:
             self._remove_old()
 
     def _remove_old(self) -> None:
         """Removes numbered checkpoints but the newest; never any of later epochs than this."""
         try:
             names = [re.fullmatch(NUMBERED.format(r"(\d+)"), p.name) for p in self.folder.iterdir()]
-            epochs = sorted(int(name[1]) for name in names if name)
-            past = [epoch for epoch in epochs if epoch < self.epoch]
+            past = sorted(int(name[1]) for name in names if name and int(name[1]) < self.epoch)
             for epoch in past[: -self.args.keep_last]:
                 (self.folder / NUMBERED.format(epoch)).unlink(missing_ok=True)
         except OSError as error:

@@ -57,8 +57,11 @@ class Training:
         clip_grad: the largest gradient norm; None does not clip.
     Attributes:
         model: in DDP.
-        precision, log: for the engines.
+        log: of the run.
         steps: optimizer steps per epoch.
+        _metrics, _finite: means of the epoch, and the check of each step.
+        _step: the current one.
+        _first, _since: the step that this process began the epoch with, and when.
     """
 
     def __init__(
@@ -76,8 +79,8 @@ class Training:
         self.steps = len(loader) // args.accum_iter
         self._metrics = MetricLogger()
         self._finite = FiniteCheck(args.skip_nonfinite, precision.scaler.is_enabled())
-        self._step: Step | None = None  # the current one
-        self._first, self._since = 0, 0.0  # step that this process began the epoch with, and when
+        self._step: Step | None = None
+        self._first, self._since = 0, 0.0
         run.begin(loader, self._metrics, self.steps)
         self.log = RunLog(args, run, self.steps)
         if args.compile:

@@ -91,8 +91,7 @@ def _print_from(log: Path, offset: int, prefix: str) -> int:
 
 
 def _all_results(job: submitit.Job) -> bool:
-    tasks = [job.task(rank) for rank in range(job.num_tasks)]
-    return all(task.paths.result_pickle.exists() for task in tasks)
+    return all(job.task(r).paths.result_pickle.exists() for r in range(job.num_tasks))
 
 
 def _causes(job: submitit.Job) -> list[str]:

@@ -91,13 +91,9 @@ def _join(env: submitit.JobEnvironment) -> None:
     """Sets what torchrun would set: this process's rank, the meeting point, and its threads."""
     # A raw id is an array task's own. Systems give clients ports from 32768 on, not these.
     port = 10000 + int(re.sub(r"\D", "", env.raw_job_id)) % 20000
-    os.environ.update(
-        RANK=str(env.global_rank),
-        LOCAL_RANK=str(env.local_rank),
-        WORLD_SIZE=str(env.num_tasks),
-        MASTER_ADDR=env.hostnames[0],
-        MASTER_PORT=str(port),
-    )
+    place = {"RANK": env.global_rank, "LOCAL_RANK": env.local_rank, "WORLD_SIZE": env.num_tasks}
+    place |= {"MASTER_ADDR": env.hostnames[0], "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
     # By default each process would use as many threads as its node has cores.
     cores = os.environ.get("SLURM_CPUS_PER_TASK") or max(1, os.cpu_count() // env.num_tasks)
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
