@@ -255,7 +255,7 @@ class MaskedAutoencoderViT(nn.Module):
             parts["embedding"] = self.forward_projection(latent)
         if self.reconstruct:
             parts["pred"] = self.forward_decoder(latent, ids_restore, level)
-            parts |= self.forward_loss(imgs, parts["pred"], mask, noise)
+            parts.update(self.forward_loss(imgs, parts["pred"], mask, noise))
         return parts
 
 

@@ -234,3 +234,12 @@ def test_links_and_files_exist(name):
 @pytest.mark.parametrize("name", LENGTHS)
 def test_documents_are_short(name):
     assert len(DOCUMENTS[name].splitlines()) <= LENGTHS[name]
+
+
+def test_the_oldest_versions_are_the_requirements_floor():
+    floor = dict(re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
+    oldest = dict(
+        re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / ".github/oldest.txt").read_text(), re.M)
+    )
+    assert set(floor) - set(oldest) == {"pytest", "ruff"}
+    assert all(f"{oldest[name]}.".startswith(f"{floor[name]}.") for name in oldest)
