@@ -1,4 +1,4 @@
-"""Supervised training: set-up, an epoch, evaluation, the run; for fine-tuning and probing."""
+"""Fine-tuning and probing: set-up, one epoch, evaluation, the whole run."""
 
 import argparse
 import logging
@@ -24,7 +24,7 @@ from util.distributed import (
 from util.misc import seed_all
 from util.precision import Precision
 from util.run.checkpoint import load
-from util.run.interrupt import no_poll, polled
+from util.run.interrupt import Poll, polled
 from util.run.logs import describe_run, log_to_console
 from util.run.run import Run
 from util.run.training import Training
@@ -122,7 +122,7 @@ def train_one_epoch(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DeviceLoader, precision: Precision, poll: Callable[[], None] = no_poll
+    model: nn.Module, loader: DeviceLoader, precision: Precision, poll: Poll | None = None
 ) -> dict[str, float]:
     """Mean loss, top-1 and, from 6 classes on, top-5 accuracy in percent: `loss, acc1, acc5`.
 
@@ -132,7 +132,7 @@ def evaluate(
     Args:
         model: not wrapped in DDP, so that processes may see different numbers of batches.
         loader: of (input, label) batches.
-        poll: called after each batch, equally often on every rank.
+        poll: called after each batch, equally often on every rank; None cannot save.
     Raises:
         UserError: too many images are not readable; on every rank.
     """
@@ -157,7 +157,7 @@ def evaluate(
 
 
 def summary(scores: dict[str, float]) -> str:
-    """The scores of `evaluate` for people."""
+    """The scores of `evaluate` as text."""
     top5 = f"top-5 {scores['acc5']:.2f} %, " if "acc5" in scores else ""
     return f"top-1 {scores['acc1']:.2f} %, {top5}loss {scores['loss']:.4f}"
 
@@ -182,6 +182,6 @@ def fit(
         scores = evaluate(model, val_loader, training.precision, run.poll)
         best = max(run.best, scores["acc1"])
         logger.info(f"epoch {epoch}: {summary(scores)}; best top-1 {best:.2f} %")
-        training.log.epoch(epoch, stats, {f"test_{name}": v for name, v in scores.items()})
+        training.log.add_epoch(epoch, stats, {f"test_{name}": v for name, v in scores.items()})
         run.save(epoch, score=scores["acc1"])
     training.log.close()

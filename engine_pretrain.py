@@ -1,15 +1,21 @@
-"""One pretraining epoch: forward pass and combined loss; `util.run.training` makes the steps."""
+"""The pretraining objective, and one epoch of it; `util.run.training` makes the steps."""
 
-import argparse
+import logging
+from argparse import Namespace
 
 import torch
 from torch import Tensor
 
 from loss_contrastive import nt_xent
+from model_mae import MaskedAutoencoderViT
+from util.distributed import get_world_size, is_main_process
+from util.errors import UserError
 from util.run.training import Training
 
+logger = logging.getLogger(__name__)
 
-def total_loss(parts: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Tensor]:
+
+def total_loss(parts: dict[str, Tensor], args: Namespace) -> dict[str, Tensor]:
     """The weighted sum `loss` and its terms, scalars, from a model's output.
 
     total = weight_mae ((1 - weight_noise) reconstruction + weight_noise noise)
@@ -33,7 +39,7 @@ def total_loss(parts: dict[str, Tensor], args: argparse.Namespace) -> dict[str, 
     return {"loss": total, **terms}
 
 
-def train_one_epoch(training: Training, args: argparse.Namespace, epoch: int) -> dict[str, float]:
+def train_one_epoch(training: Training, args: Namespace, epoch: int) -> dict[str, float]:
     """Trains for one epoch and returns its mean metrics over all ranks.
 
     Args:
@@ -48,3 +54,38 @@ def train_one_epoch(training: Training, args: argparse.Namespace, epoch: int) ->
             parts = training.model(torch.cat(views), mask_ratio=args.mask_ratio)
         training.backward(total_loss(parts, args))
     return training.means()
+
+
+def negatives_per_anchor(args: Namespace) -> int:
+    """Other images' views that an embedding is contrasted with: those of one forward pass.
+
+    Raises:
+        UserError: there is none, and the objective needs some.
+    """
+    images = args.batch_size * (1 if args.local_negatives else get_world_size())
+    if images == 1 and args.weight_simclr > 0:
+        raise UserError("--batch_size 1 leaves no other image to contrast with")
+    return 2 * images - 2
+
+
+def describe_objective(args: Namespace, model: MaskedAutoencoderViT) -> None:
+    """Prints the terms' weights and what the model sees; raises as `negatives_per_anchor`."""
+    negatives = negatives_per_anchor(args)
+    methods = {(True, True): "CAN", (False, True): "MAE", (True, False): "SimCLR"}
+    method = methods[model.contrastive, model.reconstruct]
+    noise = f"noise up to {args.std}" if model.noise_loss else "no noise"
+    share = args.weight_noise if model.noise_loss else 0.0
+    patches = model.patch_embed.num_patches
+    kept = int(patches * (1 - args.mask_ratio))
+    logger.info(
+        f"objective: {method} = {args.weight_mae * (1 - share):.4g} reconstruction + "
+        f"{args.weight_mae * share:.4g} noise + {args.weight_simclr:.4g} contrastive, "
+        f"mask ratio {args.mask_ratio}, {noise}, {kept} of {patches} patches kept"
+    )
+    if model.contrastive:
+        logger.info(f"contrast: {negatives} negatives per anchor")
+        if args.accum_iter > 1 and is_main_process():
+            logger.warning(
+                f"warning: --accum_iter {args.accum_iter} adds up gradients, not negatives: each "
+                f"anchor still sees {negatives}"
+            )

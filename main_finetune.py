@@ -3,7 +3,7 @@
 On ImageNet with MAE's recipe for ViT-B, 1024 images per step:
 
     torchrun --nproc_per_node=8 main_finetune.py --data_path IMAGENET --model vit_base_patch16 \\
-        --finetune output_dir/checkpoint-49.pth --batch_size 32 --accum_iter 4 --epochs 100 \\
+        --finetune can/checkpoint-last.pth --batch_size 32 --accum_iter 4 --epochs 100 \\
         --blr 5e-4 --layer_decay 0.65 --mixup 0.8 --cutmix 1.0 --dist_eval
 """
 

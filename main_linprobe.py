@@ -3,9 +3,9 @@
 On ImageNet with MAE's recipe, and on digits in seconds:
 
     torchrun --nproc_per_node=4 main_linprobe.py --data_path IMAGENET --batch_size 512 \\
-        --model vit_base_patch16 --cls_token --finetune output_dir/checkpoint-49.pth --dist_eval
-    python main_linprobe.py --data_path digits --input_size 16 --model vit_tiny_patch4 \\
-        --finetune output_dir/checkpoint-last.pth --cache_features
+        --model vit_base_patch16 --cls_token --finetune can/checkpoint-last.pth --dist_eval
+    python main_linprobe.py --data_path digits --input_size 16 --model vit_nano_patch4 --blr 10 \\
+        --finetune quickstart/checkpoint-last.pth --cache_features --output_dir ''
 """
 
 import argparse

@@ -9,21 +9,20 @@ Four GPUs:
     torchrun --nproc_per_node=4 main_pretrain.py --data_path IMAGES --model mae_vit_base_patch16
 """
 
-import argparse
 import logging
+from argparse import Namespace
 
 import torch
 from timm.optim import param_groups_weight_decay
 from torch.utils.data import Dataset
 
-from engine_pretrain import train_one_epoch
-from model_mae import MaskedAutoencoderViT, build_model
+from engine_pretrain import describe_objective, train_one_epoch
+from model_mae import build_model
 from util.args import pretrain_parser as get_args_parser
 from util.data.loader import train_loader
 from util.data.order import SeededDataset
 from util.datasets import open_dataset, open_labelled
-from util.distributed import from_rank_zero, get_world_size, init_distributed_mode, is_main_process
-from util.errors import UserError
+from util.distributed import from_rank_zero, init_distributed_mode, is_main_process
 from util.features import encoder_knn
 from util.misc import seed_all
 from util.precision import Precision
@@ -39,7 +38,7 @@ logger = logging.getLogger(__name__)
 NO_DECAY = ("cls_token", "mask_token")  # besides biases and norms; positions are fixed
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: Namespace) -> None:
     device = init_distributed_mode(args)
     log_to_console()
     run = Run(args)
@@ -51,10 +50,10 @@ def main(args: argparse.Namespace) -> None:
     seed_all(args.seed)
     precision = Precision(args.precision, device)
     model = build_model(args).to(device)
-    model.grad_checkpointing = args.grad_checkpointing
+    model.set_grad_checkpointing(args.grad_checkpointing)
     groups = param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=NO_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    describe_objective(args, model, negatives_per_anchor(args))
+    describe_objective(args, model)
 
     run.resume(model, optimizer=optimizer, scaler=precision.scaler)
     training = Training(model, loader, optimizer, precision, args, run)
@@ -66,55 +65,19 @@ def main(args: argparse.Namespace) -> None:
         if args.eval_freq and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
             tests["knn_acc1"] = encoder_knn(model.features, images, val, args, precision, run.poll)
             logger.info(f"epoch {epoch}: kNN top-1 {tests['knn_acc1']:.2f} %")
-        training.log.epoch(epoch, stats, tests)
+        training.log.add_epoch(epoch, stats, tests)
         if model.reconstruct and is_main_process():
             grid = reconstruction_grid(model, preview.to(device), args.mask_ratio)
-            training.log.image("reconstruction", grid, epoch)
+            training.log.add_image("reconstruction", grid, epoch)
         run.save(epoch)
     training.log.close()
 
 
-def open_images(args: argparse.Namespace) -> tuple[Dataset, Dataset | None, int | None]:
+def open_images(args: Namespace) -> tuple[Dataset, Dataset | None, int | None]:
     """The images, and for `--eval_freq` those for validation, with labels."""
     if args.eval_freq:
         return open_labelled(args.data_path, cache_dir=args.output_dir)
     return open_dataset(args.data_path, True, args.output_dir), None, None
-
-
-def negatives_per_anchor(args: argparse.Namespace) -> int:
-    """Other images' views that an embedding is contrasted with: those of one forward pass.
-
-    Raises:
-        UserError: there is none, and the objective needs some.
-    """
-    images = args.batch_size * (1 if args.local_negatives else get_world_size())
-    if images == 1 and args.weight_simclr > 0:
-        raise UserError("--batch_size 1 leaves no other image to contrast with")
-    return 2 * images - 2
-
-
-def describe_objective(
-    args: argparse.Namespace, model: MaskedAutoencoderViT, negatives: int
-) -> None:
-    """Prints what the weights amount to, and warns of what is rarely meant."""
-    methods = {(True, True): "CAN", (False, True): "MAE", (True, False): "SimCLR"}
-    method = methods[model.contrastive, model.reconstruct]
-    noise = f"noise up to {args.std}" if model.noise_loss else "no noise"
-    share = args.weight_noise if model.noise_loss else 0.0
-    patches = model.patch_embed.num_patches
-    kept = int(patches * (1 - args.mask_ratio))
-    logger.info(
-        f"objective: {method} = {args.weight_mae * (1 - share):.4g} reconstruction + "
-        f"{args.weight_mae * share:.4g} noise + {args.weight_simclr:.4g} contrastive, "
-        f"mask ratio {args.mask_ratio}, {noise}, {kept} of {patches} patches kept"
-    )
-    if model.contrastive:
-        logger.info(f"contrast: {negatives} negatives per anchor")
-        if args.accum_iter > 1 and is_main_process():
-            logger.warning(
-                f"warning: --accum_iter {args.accum_iter} adds up gradients, not negatives: each "
-                f"anchor still sees {negatives}"
-            )
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError(f"std {std} is negative")
         self.norm_pix_loss, self.noise_loss, self.std = norm_pix_loss, noise_loss, std
         self.contrastive, self.reconstruct = contrastive, reconstruct
-        self.grad_checkpointing = False  # keep only the blocks' inputs and compute the rest twice
+        self.grad_checkpointing = False
 
         block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
         self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim)
@@ -93,7 +93,7 @@ class MaskedAutoencoderViT(nn.Module):
         self._freeze_unused()
 
     def initialize_weights(self) -> None:
-        """MAE's, see `initialize_encoder`; the decoder's likewise."""
+        """As in MAE, encoder (see `initialize_encoder`) and decoder alike."""
         initialize_encoder(self)
         nn.init.normal_(self.mask_token, std=0.02)
         set_positions(self.decoder_pos_embed, self.patch_embed.grid_size)
@@ -110,6 +110,10 @@ class MaskedAutoencoderViT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.startswith(tuple(unused)):
                 parameter.requires_grad_(False)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes activations in the backward pass, to save memory; timm's name."""
+        self.grad_checkpointing = enable
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """Images [N, C, H, W] as patches [N, L, p * p * C], channels last within a patch."""

@@ -16,7 +16,7 @@ from util.weights import NORM_LAYER, initialize_encoder
 
 
 class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
-    """A classifier of the cls token, or of the mean patch token.
+    """Classifies the cls token, or the mean patch token.
 
     Args:
         global_pool: classify the mean over patches (without cls) instead of the cls token.
@@ -37,7 +37,7 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
 
 
 class LinearProbe(VisionTransformer):
-    """A frozen encoder and a linear classifier; `global_pool` too uses the pretrained norm.
+    """A frozen encoder and a linear classifier; uses the pretrained norm, with `global_pool` too.
 
     The features are standardised by a BatchNorm without parameters (MAE, appendix A.1).
     """

@@ -11,7 +11,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import Tensor
 
-from util.data.augment import AFTER, BEFORE, IDENTITY, augment
+from util.data.augment import AFTER, BEFORE, BLUR_RADIUS, IDENTITY, augment
 from util.data.images import decode, upright_size
 from util.data.loader import to_device
 
@@ -42,7 +42,7 @@ class GaussianBlur:
     def __call__(self, image: Image.Image) -> Image.Image:
         sigma = torch.empty(1).uniform_(*self.sigma).item()
         # no kernel may reach past the image's reflected border
-        radius = min(math.ceil(3 * sigma), min(image.size) - 1)
+        radius = min(math.ceil(BLUR_RADIUS * sigma), min(image.size) - 1)
         return TF.gaussian_blur(image, 2 * radius + 1, sigma)
 
 
@@ -70,7 +70,7 @@ def draw_parameters(blur_prob: float = BLUR_PROB) -> Tensor:
 
 
 class TwoCrops:
-    """From a PIL image, best not decoded yet, to two views [3, S, S], float32, normalised.
+    """Two views [3, S, S], float32, normalised, of a PIL image, best one that is not decoded yet.
 
     Args:
         input_size: S, in pixels.
@@ -79,7 +79,7 @@ class TwoCrops:
         blur_prob: how often a view is blurred.
     """
 
-    decodes = True  # takes images as their files hold them
+    decodes = True  # takes images that are not decoded yet
 
     def __init__(self, input_size: int, defer: bool = False, blur_prob: float = BLUR_PROB):
         self.input_size, self.defer, self.blur_prob = input_size, defer, blur_prob

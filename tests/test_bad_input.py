@@ -164,4 +164,4 @@ def test_too_few_gpus_are_counted(monkeypatch, capsys):
     flags = [*TINY, "--data_path", "digits", "--device", "cuda"]
     flags += ["--world_size", 2, "--local_rank", 1]
     assert run_main(main_pretrain, *flags) == 1
-    assert "has no GPU of its own: there are 1" in the_error(capsys.readouterr().err)
+    assert "no GPU for process 1 of this machine: there are 1" in the_error(capsys.readouterr().err)

@@ -92,8 +92,8 @@ def _other_width(weights):
     ("spoil", "words"),
     [
         (_headless, "it has no norm.weight"),
-        (_placeless, "has no pos_embed"),
-        (_other_width, "no known size: width 100, depth 12, patch 4"),
+        (_placeless, "has no usable pos_embed"),
+        (_other_width, "an unknown size: width 100, depth 12, patch 4"),
         (dict.clear, "holds no encoder"),
     ],
 )

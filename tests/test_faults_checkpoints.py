@@ -183,7 +183,6 @@ SURPRISES = {
     "truncated.pth": truncated,
     "members.pth": lambda path, _: pack(path, {"a": b"1", "../../b": b"2"}),
     "archive.pth": lambda path, _: pack(path, {"archive/data.pkl": b"\x80\x02."}),
-    "bomb.pth": lambda path, state: pack(path, members(path, state), zipfile.ZIP_DEFLATED),
     "bytes.pth": lambda path, _: pack(path, {"a/data.pkl": bytes(10**8)}, zipfile.ZIP_DEFLATED),
     "short.pth": shortened,
     "strings.pth": lambda path, state: torch.save(
@@ -245,6 +244,11 @@ def test_damaged_positions_are_one_line(part, value, loads, trained, tmp_path):
     assert part in loads("resume", tmp_path / "x.pth")
 
 
+def _unfused(state: dict) -> None:
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = False
+
+
 def _first(state: dict) -> dict:
     return next(iter(state["optimizer"]["state"].values()))
 
@@ -252,6 +256,7 @@ def _first(state: dict) -> dict:
 # States that do not fit; with some of them the optimizer's step would write beyond a tensor's end.
 MISFITS = {
     "its optimizer": [
+        lambda s: _first(s).update(step=torch.empty((), device="meta")) or _unfused(s),
         lambda s: _first(s).update(exp_avg=torch.zeros(3)),
         lambda s: _first(s).update(exp_avg=torch.zeros(1).expand_as(_first(s)["exp_avg"])),
         lambda s: _first(s).update(exp_avg="x" * 9999),
@@ -260,7 +265,7 @@ MISFITS = {
     ],
     "no epoch": [lambda s: s.pop("epoch")],
     "is nan": [lambda s: _first(s).update(exp_avg_sq=_first(s)["exp_avg_sq"] * float("nan"))],
-    "steps of an epoch of 3 are done": [lambda s: s.update(images=10**9)],
+    "but an epoch has 3": [lambda s: s.update(images=10**9)],
     "metrics": [lambda s: s.update(metrics=[1], images=16)],
 }
 
@@ -281,13 +286,15 @@ def test_settings_of_the_optimizer_are_the_flags(trained, forks, photos, tmp_pat
     state = torch.load(trained / "checkpoint-last.pth", weights_only=True)
     for group in state["optimizer"]["param_groups"]:
         del group["betas"]
-        group |= {"eps": "x", "weight_decay": 0.9}
+        group |= {"eps": "x", "weight_decay": 0.9, "lr_scale": 50.0}
     torch.save(state, tmp_path / "x.pth")
     flags = ["--data_path", photos, *TINY, "--batch_size", 16, "--epochs", 2, "--output_dir", "out"]
     status, _, err = forks.run("main_pretrain", *flags, "--resume", "x.pth", cwd=tmp_path)
     assert status == 0, err
     state = torch.load(tmp_path / "out/checkpoint-last.pth", weights_only=True)
-    assert [g["weight_decay"] for g in state["optimizer"]["param_groups"]] == [0, 0.05]
+    groups = state["optimizer"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0, 0.05]
+    assert not any("lr_scale" in group for group in groups)
 
 
 # --- whose folder it is

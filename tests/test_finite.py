@@ -47,10 +47,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(photos_run, tmp_path, capsys, mo
         "engine_pretrain.nt_xent", lambda x, **_: (x.sum() * math.nan, torch.tensor(0.0))
     )
     # also when a save within the epoch falls due before the next look at the losses
-    for flags, words in ([], "loss is nan"), (["--save_interval", 1e-9], "is not finite"):
+    for flags in ([], ["--save_interval", 1e-9]):
         assert run_main(main_pretrain, *photos_run, "--epochs", 3, "--resume", "auto", *flags) == 1
         line = the_error(capsys.readouterr().err)
-        assert words in line
+        assert "loss is nan" in line
         assert "epoch 2" in line
     assert (tmp_path / "out/checkpoint-last.pth").read_bytes() == good
 

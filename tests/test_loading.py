@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import zipfile
 
 import pytest
 import safetensors.torch
@@ -168,20 +167,11 @@ def test_other_classes_are_refused_and_run_nothing(key, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-HOLLOW = {
-    "sparse": torch.eye(3).to_sparse(),
-    "meta": torch.empty(10**12, device="meta"),
-    "expanded": torch.zeros(1).expand(10**12),
-}
-
-
 @pytest.mark.parametrize(
     "content",
-    [{"optimizer": {}}, {"model": {"a": 1}}, [1, 2], {}, {"model": {1: torch.ones(1)}}]
-    + [{"model": {"a": tensor}} for tensor in HOLLOW.values()],
-    ids=["no model", "number", "list", "nothing", "no name", *HOLLOW],
+    [{"optimizer": {}}, {"model": {"a": 1}}, [1, 2], {}, {"model": {1: torch.ones(1)}}],
+    ids=["no model", "number", "list", "nothing", "no name"],
 )
-@pytest.mark.filterwarnings("ignore:Validating sparse")
 def test_files_without_a_model_are_refused(content, tmp_path):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(UserError, match="holds no model"):
@@ -192,19 +182,6 @@ def test_broken_safetensors_are_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="cannot read checkpoint"):
         load(tmp_path / "x.safetensors")
-
-
-def test_archives_that_unpack_to_more_than_they_are_are_refused(tmp_path):
-    """torch would read a compressed member: a bomb of any size."""
-    torch.save({"model": {"a": torch.zeros(10**6)}}, tmp_path / "x.pth")
-    with zipfile.ZipFile(tmp_path / "x.pth") as plain:
-        members = {name: plain.read(name) for name in plain.namelist()}
-    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
-        for name, content in members.items():
-            bomb.writestr(name, content)
-    assert load(tmp_path / "x.pth")["model"]["a"].shape == (10**6,)
-    with pytest.raises(UserError, match="bytes that unpack to 4"):
-        load(tmp_path / "bomb.pth")
 
 
 def test_what_is_not_a_file_is_not_opened(tmp_path):

@@ -58,17 +58,17 @@ def test_a_disk_that_is_full_for_an_epoch_changes_nothing(flags, tmp_path, monke
     assert run_main(main_pretrain, *flags, "--epochs", 3) == 0
     again = [*flags, "--epochs", 3, "--output_dir", tmp_path / "again"]
 
-    def epoch(self, number, *args, original=logs.RunLog.epoch):
+    def epoch(self, number, *args, original=logs.RunLog.add_epoch):
         limit(500 if number == 1 else 2**30)  # some of the second line fits
         original(self, number, *args)
 
-    monkeypatch.setattr(logs.RunLog, "epoch", epoch)
+    monkeypatch.setattr(logs.RunLog, "add_epoch", epoch)
     capsys.readouterr()
     with small_disk() as limit:
         assert run_main(main_pretrain, *again) == 0
     out, err = capsys.readouterr()
     assert "log.txt: File too large; the line of epoch 1 is lost" in out
-    assert "checkpoint-last.pth: File too large; the run goes on" in out
+    assert "checkpoint-last.pth: File too large; training continues" in out
     assert "Traceback" not in err
     assert_same_state(tmp_path / "out" / checkpoint.LAST, tmp_path / "again" / checkpoint.LAST)
     assert losses_of(tmp_path / "again") == [losses_of(tmp_path / "out")[epoch] for epoch in (0, 2)]
@@ -92,7 +92,9 @@ def test_a_disk_that_turns_read_only_does_not_end_a_run(flags, tmp_path, monkeyp
     at_step(monkeypatch, 0, 1, lambda: state.update({"read-only": True}))
     at_step(monkeypatch, 1, 0, lambda: state.update({"read-only": False}))
     assert run_main(main_pretrain, *flags, "--epochs", 2) == 0
-    assert "checkpoint-last.pth: Read-only file system; the run goes on" in capsys.readouterr().out
+    assert (
+        "checkpoint-last.pth: Read-only file system; training continues" in capsys.readouterr().out
+    )
     assert state_of(tmp_path / "out")["epoch"] == 1
 
 

@@ -270,7 +270,7 @@ def test_a_task_that_sees_one_gpu_takes_it(local_id, index, monkeypatch):
         monkeypatch.setenv("SLURM_LOCALID", local_id)
     args = pretrain_parser().parse_args(["--data_path", "x"])
     if index is None:
-        with pytest.raises(UserError, match="no GPU of its own"):
+        with pytest.raises(UserError, match="no GPU for process 1"):
             distributed.choose_device(args.device, local_rank=1)
     else:
         assert distributed.choose_device(args.device, local_rank=1) == torch.device("cuda", index)

@@ -110,8 +110,8 @@ def test_bad_flags_exit_2_with_one_line_and_make_nothing(
     ("flags", "words"),
     [
         ("--cluster slurm", "there is no srun on PATH"),
-        ("--cluster auto", "--nodes 2: --cluster local has one"),
-        ("--cluster local --nodes 1 --array 0-1", "--cluster local has none"),
+        ("--cluster auto", "--cluster local is one machine: give --nodes 1"),
+        ("--cluster local --nodes 1 --array 0-1", "a sweep needs a SLURM job array"),
     ],
 )
 def test_what_a_cluster_cannot_do_is_one_line_and_makes_nothing(

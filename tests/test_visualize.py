@@ -78,7 +78,7 @@ def test_command_draws_mae_s_own_checkpoints(args, checkpoint, photos, tmp_path,
     ("content", "message"),
     [
         ({"fc.weight": torch.zeros(3)}, "holds no encoder"),
-        ({"patch_embed.proj.weight": torch.zeros(9, 3, 4, 4)}, "no known size: width 9, depth 0"),
+        ({"patch_embed.proj.weight": torch.zeros(9, 3, 4, 4)}, "an unknown size: width 9, depth 0"),
         (vit_tiny_patch4(img_size=8).state_dict(), "it has no decoder_pred.weight"),
     ],
 )

@@ -88,33 +88,33 @@ def common_flags() -> argparse.ArgumentParser:
     add("--epochs", type=POSITIVE, help="passes over the dataset")
     add("--accum_iter", type=POSITIVE, default=1,
         help="forward passes per step; the global batch is batch_size x accum_iter x processes")
-    add("--weight_decay", type=AMOUNT, help="of weights; biases, norms and tokens have none")
+    add("--weight_decay", type=AMOUNT, help="weight decay; none on biases, norms and tokens")
     add("--lr", type=AMOUNT, help="learning rate; if not given, blr x global batch / 256")
     add("--blr", type=AMOUNT, help="base learning rate, for a global batch of 256")
     add("--min_lr", type=AMOUNT, help="learning rate at the end of the cosine schedule")
     add("--warmup_epochs", type=COUNT, help="epochs of linear warm-up")
     add("--skip_nonfinite", type=COUNT, default=0,
-        help="steps in a row that may be skipped because a loss or gradient is not finite")
+        help="steps in a row to skip if loss or gradient are not finite; one more ends the run")
 
-    add = parser.add_argument_group("model and data").add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--data_path", required=True, help="a folder of images, or a built-in dataset: digits "
         "(scikit-learn's, offline), cifar10, ... (torchvision's, downloaded into ./data)")
     add("--input_size", type=number(int, 1, 4096, "[]"), default=224,
         help="side of the images in pixels")
     add("--num_workers", type=number(int, 0, 1024, "[]"), default=10,
         help="loader processes per training process")
-    add("--pin_mem", action="store_true", default=True, help="pin memory, to copy to GPUs faster")
+    add("--pin_mem", action="store_true", default=True, help="pin memory for GPUs (default)")
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="do not pin memory")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="./output_dir", help="of checkpoints and log.txt; '' saves nothing")
-    add("--log_dir", help="of TensorBoard's files; if not given, output_dir")
+    add("--output_dir", default="./output_dir", help="checkpoints and log.txt; '' saves nothing")
+    add("--log_dir", help="folder of TensorBoard's files; if not given, output_dir")
     add("--save_freq", type=POSITIVE, default=20,
         help="epochs between numbered checkpoints; the last epoch's is always kept")
     add("--keep_last", type=POSITIVE, help="newest numbered checkpoints to keep; default: all")
     add("--save_interval", type=ABOVE_0, default=15.0,
         help="minutes between saves of checkpoint-last.pth within an epoch")
-    add("--resume", default="", metavar="auto|PATH",
+    add("--resume", default="", metavar="auto|PATH|URL",
         help="checkpoint to continue from; auto: output_dir's checkpoint-last.pth if there is one")
     add("--overwrite", action="store_true", help="remove the run that output_dir holds; otherwise "
         "such a folder is refused, unless --resume continues the run")
@@ -127,7 +127,7 @@ def common_flags() -> argparse.ArgumentParser:
         "losses are always fp32")
     add("--compile", action="store_true", help="torch.compile the model, in place")
     add("--seed", type=number(int, 0, 2**63), default=0, help="random seed")
-    add("--world_size", type=POSITIVE, default=1, help="processes, if no launcher says it")
+    add("--world_size", type=POSITIVE, default=1, help="number of processes, without a launcher")
     add("--local_rank", "--local-rank", type=number(int, -1, 2**31), default=-1,
         help="this process's rank on its machine; launchers set it")
     add("--dist_on_itp", action="store_true",
@@ -144,8 +144,10 @@ def supervised_flags() -> argparse.ArgumentParser:
     add_model(add, "vit_")
     add("--finetune", default="", metavar="PATH|URL",
         help="the encoder's weights: a checkpoint of CAN or MAE, or timm's; if not given, random")
-    add("--global_pool", action="store_true", help="classify the mean over patches")
-    add("--cls_token", action="store_false", dest="global_pool", help="classify the cls token")
+    add("--global_pool", action="store_true",
+        help="classify the mean over patches (the default of fine-tuning)")
+    add("--cls_token", action="store_false", dest="global_pool",
+        help="classify the cls token (the default of probing)")
     add("--nb_classes", type=number(int, 2),
         help="number of classes, which the data must have; if not given, the data's")
     add("--val_fraction", type=BELOW_1, default=0.0,
@@ -178,8 +180,8 @@ def pretrain_parser() -> Parser:
     add("--norm_pix_loss", action="store_true",
         help="reconstruct pixels normalised within each patch")
     add("--blur_prob", type=SHARE, default=0.5,
-        help="how often a view is blurred; use 0 for images of 32 pixels, which blur spoils")
-    add("--grad_checkpointing", action="store_true", help="compute activations again in the "
+        help="probability of blurring a view; use 0 for images of 32 pixels")
+    add("--grad_checkpointing", action="store_true", help="recompute activations in the "
         "backward pass: far less memory, a third more time")
     add("--local_negatives", action="store_true",
         help="contrast with this process's images only, as the public release did")
@@ -210,10 +212,9 @@ def finetune_parser() -> Parser:
         help="timm's name of a RandAugment or AutoAugment policy; '' for none")
     add("--reprob", type=SHARE, default=0.25, help="probability of erasing a rectangle")
     add("--remode", choices=("pixel", "rand", "const"), default="pixel",
-        help="what it is filled with: noise by pixel, one random colour, or zero")
+        help="fill it with noise per pixel, one random colour, or zeros")
     add("--recount", type=number(int, 1, 1000, "[]"), default=1, help="most rectangles per image")
-    add("--resplit", action="store_true", help="accepted for MAE's commands, where it has no "
-        "effect either: it concerns batches of several augmented copies")
+    add("--resplit", action="store_true", help="ignored; accepted for MAE's commands")
     add("--mixup", type=AMOUNT, default=0.0, help="alpha of mixup; 0: none")
     add("--cutmix", type=AMOUNT, default=0.0, help="alpha of cutmix; 0: none")
     add("--cutmix_minmax", type=SHARE, nargs=2, metavar=("MIN", "MAX"),
@@ -222,7 +223,7 @@ def finetune_parser() -> Parser:
     add("--mixup_switch_prob", type=SHARE, default=0.5,
         help="probability of cutmix, if mixup is on too")
     add("--mixup_mode", choices=("batch", "pair", "elem"), default="batch",
-        help="what shares one draw: the batch, a pair of images, or nothing")
+        help="one draw per batch, pair of images, or image")
     return parser
 
 
@@ -235,7 +236,7 @@ def linprobe_parser() -> Parser:
 
     add = parser.add_argument_group("probe").add_argument
     add("--cache_features", action="store_true",
-        help="encode every image once, without augmentation, and train on that")
+        help="encode every image once, without augmentation, and train on the features")
     add("--knn", action="store_true",
         help="classify by the 20 nearest training images instead, without training, and stop")
     return parser
@@ -269,7 +270,7 @@ def check_common(args: argparse.Namespace) -> None:
     if args.start_epoch >= args.epochs:
         raise ValueError(f"--start_epoch {args.start_epoch} is not below --epochs {args.epochs}")
     if args.overwrite and args.resume:
-        raise ValueError("--overwrite starts over and --resume continues: give one of them")
+        raise ValueError("--overwrite starts over and --resume continues: choose one")
     if args.log_dir is None:
         args.log_dir = args.output_dir
 
@@ -314,7 +315,7 @@ def check_finetune(args: argparse.Namespace) -> None:
         if low >= high:
             raise ValueError(f"--cutmix_minmax: sides from {low} to {high}: no room for a draw")
     if args.aa and not re.fullmatch(AUGMENTATION_POLICY, args.aa):
-        raise ValueError(f"--aa {args.aa!r} is no policy of timm's, such as rand-m9-mstd0.5 or v0")
+        raise ValueError(f"--aa {args.aa!r} is not a timm policy, such as rand-m9-mstd0.5 or v0")
     mixes = args.mixup or args.cutmix or args.cutmix_minmax
     if mixes and args.batch_size % 2:
         raise ValueError(f"--batch_size {args.batch_size} is odd; mixup and cutmix need it even")

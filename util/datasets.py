@@ -158,8 +158,8 @@ def _open_folder(root: Path, train: bool, cache_dir: str) -> ImageFiles:
     split = root / ("train" if train else "val")
     if not split.is_dir():
         if not train:
-            instead = "--val_fraction 0.1 holds out a tenth of the training images instead"
-            raise UserError(f"--data_path {root}: no folder val/ in it; {instead}")
+            other = "main_linprobe.py and main_finetune.py take --val_fraction 0.1 instead"
+            raise UserError(f"--data_path {root}: no folder val/ in it; {other}")
         split = root
     cache = Path(cache_dir) / f"files-{'train' if train else 'val'}.json" if cache_dir else None
     return ImageFiles(split, cache)

@@ -1,4 +1,4 @@
-"""The process group, and what goes over it. One process is a group of size 1: nothing else asks."""
+"""The process group, and what goes over it. One process is a group of size 1."""
 
 import argparse
 import datetime
@@ -65,7 +65,7 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
         bound = visible == 1 and os.environ.get("SLURM_LOCALID") == str(local_rank)
         index = 0 if bound else local_rank
         if index >= visible:
-            raise UserError(f"process {local_rank} here has no GPU of its own: there are {visible}")
+            raise UserError(f"no GPU for process {local_rank} of this machine: there are {visible}")
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     if name == "cuda":
@@ -97,8 +97,8 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
 
 def _meet(args: argparse.Namespace, rank: int, world_size: int) -> dist.Store:
     """Waits for the other processes; returns the store that all of them share."""
-    # Under torchrun the processes use the launcher's store. Before torch 2.14, tcp:// would look
-    # for one at the url's port, which nobody hosts.
+    # Under torchrun the processes use the launcher's store. Before torch 2.14, tcp:// would connect
+    # to the url's port instead, where there is none.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     url = "env://" if agent and not args.dist_on_itp else args.dist_url
     try:

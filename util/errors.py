@@ -1,4 +1,4 @@
-"""How a run ends other than by finishing."""
+"""Exceptions that end a run early, and the signals that stop it."""
 
 import signal
 
@@ -12,7 +12,7 @@ class UserError(Exception):
 class Stopped(BaseException):
     """The run was asked to stop: `signal` is what asked, `saved` whether its state was saved.
 
-    Like KeyboardInterrupt it is no Exception, so that `except Exception` does not catch it.
+    Like KeyboardInterrupt it is not an Exception, so that `except Exception` does not catch it.
     """
 
     def __init__(self, number: int, saved: bool = False):

@@ -18,7 +18,7 @@ from util.data.transforms import eval_transform
 from util.distributed import gather_rows, get_rank, get_world_size, sum_over_ranks
 from util.errors import UserError
 from util.precision import Precision
-from util.run.interrupt import no_poll, polled
+from util.run.interrupt import Poll, polled
 
 # Of the weighted vote (Wu et al. 2018), with the k of DINO (Caron et al. 2021).
 NEIGHBOURS = 20
@@ -50,7 +50,7 @@ def encode(
     dataset: Dataset,
     args: argparse.Namespace,
     precision: Precision,
-    poll: Callable[[], None] = no_poll,
+    poll: Poll | None = None,
 ) -> Features:
     """The features of all images of a dataset, resized and centre-cropped; on the device.
 
@@ -100,7 +100,7 @@ def encoder_knn(
     val: Dataset,
     args: argparse.Namespace,
     precision: Precision,
-    poll: Callable[[], None] = no_poll,
+    poll: Poll | None = None,
 ) -> float:
     """Top-1 accuracy in percent on the images of `val`, with those of `train` as neighbours."""
     return knn_accuracy(*(encode(encoder, part, args, precision, poll) for part in (train, val)))

@@ -1,4 +1,4 @@
-"""MAE's `misc`: the process group's helpers under their known names, seeding, metric means."""
+"""MAE's `misc`: process-group helpers, seeding, metric means."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -21,9 +21,9 @@ __all__ += ["get_rank", "get_world_size", "init_distributed_mode", "is_main_proc
 
 
 def seed_all(*position: int) -> None:
-    """Seeds torch and numpy by a position in the run, such as (seed, epoch, step, rank).
+    """Seeds torch and numpy by a position in the run, such as (seed, epoch, batch, rank).
 
-    Called before every step, it makes the random numbers a function of the position, so a resumed
+    Called before every batch, it makes the random numbers a function of the position, so a resumed
     run draws what the uninterrupted one would have drawn.
     """
     seed, *rest = position
@@ -124,7 +124,7 @@ class MetricLogger:
         return {"window": window, "epoch": dict(vars(self._epoch)), "last": self.last}
 
     def load_state_dicts(self, states: list[dict], device: torch.device) -> None:
-        """Continues from the `state_dict` of each rank; with other ranks the means start anew."""
+        """Continues from the `state_dict` of each rank; with other ranks the means start again."""
         self.last = states[0].get("last", {})  # older checkpoints have none
         if len(states) != get_world_size():
             return

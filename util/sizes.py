@@ -56,13 +56,13 @@ def size_of(weights: dict[str, Any], source: str | Path) -> str:
     try:
         embed_dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
     except (KeyError, ValueError):
-        raise UserError(f"{source} holds no encoder of CAN's or MAE's") from None
+        raise UserError(f"{source} holds no encoder of CAN or MAE") from None
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     for name, size in SIZES.items():
         if (size.embed_dim, size.depth, size.patch_size) == (embed_dim, depth, patch):
             return name
     found = f"width {embed_dim}, depth {depth}, patch {patch}"
-    raise UserError(f"{source} is of no known size: {found}; known are {', '.join(SIZES)}")
+    raise UserError(f"{source} has an unknown size: {found}; known are {', '.join(SIZES)}")
 
 
 def image_side(weights: dict[str, Any], source: str | Path) -> int:
@@ -73,5 +73,5 @@ def image_side(weights: dict[str, Any], source: str | Path) -> int:
     """
     positions = weights.get("pos_embed")
     if positions is None or positions.ndim != 3 or positions.shape[1] < 2:
-        raise UserError(f"{source} has no pos_embed of an encoder's")
+        raise UserError(f"{source} has no usable pos_embed")
     return math.isqrt(positions.shape[1] - 1) * weights["patch_embed.proj.weight"].shape[-1]

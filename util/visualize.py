@@ -94,7 +94,7 @@ def get_args_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    from model_mae import model_from_checkpoint  # only this command needs it
+    from model_mae import model_from_checkpoint  # above util/, as only a command may do
 
     state = load(args.checkpoint)
     model = model_from_checkpoint(state, args.checkpoint, args.norm_pix_loss)

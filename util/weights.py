@@ -89,7 +89,7 @@ def load_encoder(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
     """Loads all of a downstream ViT except its `head`, and logs what was used and what was not.
 
     Position embeddings are resized to the model's grid. If the model has an `fc_norm` and the
-    weights, being pretrained, have none, it stays new and their `norm` is not used, as in MAE.
+    pretrained weights have none, it stays new and their `norm` is dropped, as in MAE.
 
     Args:
         weights: `load`'s "model": of CAN or MAE, pretrained or fine-tuned, or timm's.
@@ -106,9 +106,12 @@ def load_encoder(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
         for kind in ("weight", "bias"):
             del wanted[f"fc_norm.{kind}"], encoder[f"norm.{kind}"]
         unused["norm"] = 2
+    before = encoder.get("pos_embed")
     interpolate_pos_embed(model, encoder)
     check_same(wanted, encoder, source)
     model.load_state_dict(model.state_dict() | encoder)
     left = ", ".join(f"{part} ({count})" for part, count in unused.items()) or "nothing"
+    if encoder["pos_embed"] is not before:
+        new.append("pos_embed, resized to {} x {} patches".format(*model.patch_embed.grid_size))
     used, added = f"{len(encoder)} tensors of {source}", ", ".join(new)
     logger.info(f"encoder: {used}; not used: {left}; new: {added}")

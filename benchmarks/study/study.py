@@ -33,7 +33,7 @@ from flops import forward_flops
 from torch.utils.data import DataLoader
 
 from model_vit import build_probe
-from util.args import number
+from util.args import HelpFormatter, number
 from util.data.order import SeededDataset
 from util.data.transforms import eval_transform
 from util.datasets import open_dataset
@@ -123,22 +123,22 @@ ABLATIONS = [
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.splitlines()[0], formatter_class=HelpFormatter
     )
     positive = number(int, 1)
     parser.add_argument("--data_path", required=True, help="a folder with train/, val/; or cifar10")
     parser.add_argument("--work_dir", type=Path, default=Path("study"), help="data, checkpoints")
-    parser.add_argument("--log_dir", type=Path, default=LOGS, help="of the runs' logs")
+    parser.add_argument("--log_dir", type=Path, default=LOGS, help="folder of the runs' logs")
     parser.add_argument("--what", choices=("methods", "ablations"), default="methods")
     parser.add_argument("--only", nargs="*", help="names of runs, if not all")
-    parser.add_argument("--size", choices=SIZES, default="nano_patch4", help="of the model")
+    parser.add_argument("--size", choices=SIZES, default="nano_patch4", help="model size")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="such as 0-2")
     parser.add_argument("--images", type=positive, default=10_000, help="to train on")
     parser.add_argument("--test_images", type=positive, default=5_000)
     parser.add_argument("--epochs", type=positive, default=20, help="CAN's")
-    parser.add_argument("--batch_size", type=positive, default=256, help="of all processes")
+    parser.add_argument("--batch_size", type=positive, default=256, help="over all processes")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
-    parser.add_argument("--num_workers", type=number(int, 0), default=0, help="of each run")
+    parser.add_argument("--num_workers", type=number(int, 0), default=0, help="per run")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Image files: opened and decoded alike for every purpose, and distinguished from garbage."""
+"""Image files: opened and decoded in one way everywhere; what is no image is refused."""
 
 import os
 import stat
@@ -12,10 +12,10 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-# By content, whatever the name says. Pillow reads more, such as EPS, for which it runs programs.
+# Read by content. Pillow knows more formats, such as EPS, for which it runs programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 UPRIGHT = 1  # EXIF orientation
-LYING = (5, 6, 7, 8)  # orientations whose width is the upright image's height
+SIDEWAYS = (5, 6, 7, 8)  # orientations whose width is the upright image's height
 
 # Pillow's warnings about odd files; each loader process would repeat them.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -37,13 +37,13 @@ def open_image(file: str | BinaryIO) -> Image.Image:
     """
     try:
         if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
-            raise BadImage("no regular file")  # reading a pipe would block
+            raise BadImage("not a regular file")  # reading a pipe would block
         return Image.open(file, formats=FORMATS)
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage("of no known format") from None
-    except Exception as error:  # Pillow's readers raise all kinds for garbage
+        raise BadImage("unknown format") from None
+    except Exception as error:  # Pillow's readers raise all kinds for broken files
         raise BadImage(error) from None
 
 
@@ -51,13 +51,13 @@ def orientation(image: Image.Image) -> int:
     """An image's EXIF orientation; `UPRIGHT` if it has none that can be read."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
-    except Exception:  # garbage again, but the pixels are as good as before
+    except Exception:  # broken EXIF; the pixels may still be fine
         return UPRIGHT
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of the image once it is turned upright."""
-    return image.size[::-1] if orientation(image) in LYING else image.size
+    return image.size[::-1] if orientation(image) in SIDEWAYS else image.size
 
 
 def to_rgb(image: Image.Image, shrink: int = 1) -> Image.Image:
@@ -66,7 +66,7 @@ def to_rgb(image: Image.Image, shrink: int = 1) -> Image.Image:
     16 bits are scaled to 8; transparent pixels get the colour that the file gives them.
 
     Args:
-        shrink: a JPEG is decoded at the scale of 1, 1/2, 1/4, 1/8 that makes it at least 1/shrink.
+        shrink: a JPEG is decoded at the smallest scale of 1, 1/2, 1/4, 1/8 not below 1/shrink.
     Raises:
         BadImage: the file is broken, or its pixels have no known range.
     """
@@ -97,7 +97,7 @@ def read_image(
 ) -> tuple[Any, int]:
     """A transformed RGB image and its label.
 
-    A transform with `decodes` set gets the image as its file holds it.
+    A transform with `decodes` set gets the image before it is decoded.
 
     Raises:
         BadImage: the file is not a readable image.

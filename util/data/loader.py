@@ -130,7 +130,7 @@ def train_loader(
 
     Args:
         args: also accum_iter and seed.
-        **options: as the other arguments, `DeviceLoader`'s.
+        **options: passed on to `DeviceLoader`.
     """
     sampler = EpochSampler(dataset, args.batch_size * args.accum_iter, args.seed)
     return DeviceLoader(dataset, sampler, args, device, **options)
@@ -139,12 +139,12 @@ def train_loader(
 def eval_loader(
     dataset: Dataset, args: argparse.Namespace, device: torch.device, share: bool, **options: Any
 ) -> DeviceLoader:
-    """Batches in the order of an `EvalSampler`; other arguments are `DeviceLoader`'s."""
+    """Batches in the order of an `EvalSampler`; options are `DeviceLoader`'s."""
     return DeviceLoader(dataset, EvalSampler(dataset, share), args, device, **options)
 
 
 def _ignore_signals(_worker: int) -> None:
-    """The parent of loader processes decides when they stop, whoever gets the signal."""
+    """Loader processes ignore stop signals; their parent ends them."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -21,7 +21,7 @@ REPLACEMENTS = 20  # images to try in place of one that cannot be read
 class SeededDataset(Dataset):
     """(epoch, index) -> (augmented image, label, bad), a function of (seed, epoch, index) alone.
 
-    An unreadable file is replaced by another image with its own label, drawn anew in each epoch;
+    An unreadable file is replaced by another image with that one's label, another in each epoch;
     `bad` is then the file's name and the reason, otherwise ("", "").
 
     The epoch is part of the key because loader processes live longer than an epoch.
@@ -71,6 +71,9 @@ class EpochSampler(DistributedSampler):
     Args:
         per_step: images of this process in one step, batch_size x accum_iter. Images that do not
             fill a step of all processes are left out of the epoch.
+    Attributes:
+        steps_done: of the epoch, which are left out.
+        num_samples, total_size: of this process and of all, as in DistributedSampler.
     Raises:
         UserError: the dataset does not fill one step.
     """
@@ -82,7 +85,7 @@ class EpochSampler(DistributedSampler):
         steps = len(dataset) // global_step
         if steps == 0:
             what = f"one step of {global_step} (batch_size x accum_iter x processes)"
-            raise UserError(f"{len(dataset)} images do not fill {what}")
+            raise UserError(f"{len(dataset)} images do not fill {what}: lower --batch_size")
         self.per_step, self.steps_done = per_step, 0
         self.num_samples = steps * per_step
         self.total_size = self.num_samples * self.num_replicas

@@ -45,12 +45,12 @@ def probe_transform(input_size: int) -> T.Compose:
 
 
 def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
-    """Fine-tuning's transform, from a PIL image to [3, input_size, input_size].
+    """Fine-tuning's transform, from a PIL image to [3, input_size, input_size]: timm's, patched.
 
     Args:
         args: input_size; for training also color_jitter, aa, reprob, remode, recount.
     Raises:
-        UserError: --aa is no policy of timm's, or its numbers do not work.
+        UserError: --aa is not a timm policy, or its numbers do not work.
     """
     if not is_train:
         return eval_transform(args.input_size)
@@ -68,7 +68,7 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
             std=IMAGENET_STD,
         )
     except (AssertionError, ValueError, KeyError) as error:
-        raise UserError(f"--aa {args.aa} is no augmentation policy of timm's: {error}") from None
+        raise UserError(f"--aa {args.aa} is not a timm policy: {error}") from None
     for step in transform.transforms:
         if isinstance(step, RandomResizedCropAndInterpolation):
             step.get_params = _crop_params

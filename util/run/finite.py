@@ -13,15 +13,15 @@ from util.errors import UserError
 logger = logging.getLogger(__name__)
 
 GRADIENT = "gradient norm"
-# From 2^16 on, float16's loss scale has by then become so small that no finite gradient overflows.
+# So many halvings of float16's initial loss scale, 2^16, that no finite gradient overflows.
 OVERFLOWS = 40
 
 
 class FiniteCheck:
     """Ends a run, or skips a step, when its loss or gradient is not finite.
 
-    What a step measured is averaged over the ranks. It is read one step late, when the device is
-    done with it and nobody has to wait; at once where steps may be skipped.
+    A step's values are averaged over the ranks. They are read one step late, when the device has
+    them and the host need not wait; at once if steps may be skipped.
 
     Args:
         skips: how many steps in a row may be skipped.
@@ -54,7 +54,7 @@ class FiniteCheck:
         self._pending = place, list(values), copy, copied
         return self.skips == 0 or self.settle()
 
-    def weights(self, place: str, model: nn.Module) -> None:
+    def check_weights(self, place: str, model: nn.Module) -> None:
         """Checks a model after an update.
 
         Raises:
@@ -85,7 +85,7 @@ class FiniteCheck:
         shown = dict.fromkeys([*bad, GRADIENT])
         line = ", ".join(f"{name} is {values[name]:.3g}" for name in shown) + f" at {place}"
         if self._in_a_row[overflow] > (OVERFLOWS if overflow else self.skips):
-            raise UserError(f"{line}; nothing that is not finite was saved")
+            raise UserError(f"{line}; no weights that are not finite were saved")
         if not overflow and is_main_process():
             skipped = f"{self._in_a_row[False]} in a row of {self.skips} allowed"
             logger.warning(f"warning: {line}; step skipped, {skipped}")

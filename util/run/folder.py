@@ -45,7 +45,7 @@ def check_folder(args: argparse.Namespace) -> None:
 
 
 def open_folder(args: argparse.Namespace, epoch: int) -> None:
-    """Makes the run's folders; with --overwrite, removes the run that they hold.
+    """Makes the run's folders; with --overwrite, removes the run that output_dir holds.
 
     Removes from log.txt what a resumed run will log again: the lines from `epoch` on.
 
@@ -68,9 +68,9 @@ def open_folder(args: argparse.Namespace, epoch: int) -> None:
 
 def _is_resumed(args: argparse.Namespace) -> bool:
     """Whether `--resume` continues the run that output_dir holds."""
-    if args.resume == "auto":
-        return True
-    return bool(args.resume) and _is_in(args.resume, Path(args.output_dir))
+    if args.resume in ("", "auto"):
+        return args.resume == "auto"
+    return _is_in(args.resume, Path(args.output_dir))
 
 
 def _is_in(file: str, folder: Path) -> bool:

@@ -15,6 +15,8 @@ from util.errors import STOP_SIGNALS, Stopped
 
 logger = logging.getLogger(__name__)
 
+Poll = Callable[[], None]  # what saves and stops between the batches of an evaluation: `Run.poll`
+
 
 class Interrupts:
     """Stop requests and save intervals, from whichever rank has one first.
@@ -25,9 +27,10 @@ class Interrupts:
         save_interval: seconds between saves within an epoch.
     Attributes:
         _requested: the signal that asked this rank to stop; 0 for none.
+        _polled: whether there has been a `poll`.
         _since: when the interval began.
         _pending: flags being reduced beside the gradients; read one step late, so no rank waits.
-        _late: whether those asked for the save that was just made.
+        _late: whether those asked for a save before the last one was made.
     """
 
     def __init__(self, save_interval: float):
@@ -83,19 +86,18 @@ def _stop_at_once(number: int, _frame: object) -> None:
     raise Stopped(number)
 
 
-def polled(loader: Sized, poll: Callable[[], None]) -> Iterator[Any]:
-    """A loader's batches with a `poll` after each, equally often on every rank.
+def polled(loader: Sized, poll: Poll | None) -> Iterator[Any]:
+    """A loader's batches with a `poll` after each, if any, equally often on every rank.
 
     Args:
         loader: rank 0's has as many batches as any other rank's, or more.
     """
+    if poll is None:
+        yield from loader
+        return
     most = from_rank_zero(lambda: len(loader))
     for batch in loader:
         yield batch
         poll()
     for _ in range(most - len(loader) + 1):  # one more, since a poll reads the last one's flags
         poll()
-
-
-def no_poll() -> None:
-    """For evaluations where nothing can be saved: a signal then ends the process at once."""

@@ -19,7 +19,7 @@ from util.errors import STOP_SIGNALS, Stopped, UserError
 
 logger = logging.getLogger(__name__)
 
-PEER_LOST = "another process of this run died or hung, its own messages may say why"
+PEER_LOST = "another process of this run died or hung, see its own messages"
 RANK_ZERO_FIRST = 1.0  # seconds: most errors are met by all ranks, and one line is enough
 
 

@@ -1,6 +1,5 @@
 """What a run shows: console lines, TensorBoard's files, log.txt with a JSON object per epoch."""
 
-import argparse
 import contextlib
 import datetime
 import json
@@ -9,6 +8,7 @@ import os
 import resource
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ USUAL_PATCHES = 1024  # of an image, at most: 512 pixels in patches of 16
 
 
 def log_to_console() -> None:
-    """Prints logged lines on standard output: rank 0's, and other ranks' warnings."""
+    """Prints logged lines: rank 0's, and other ranks' warnings; no tracebacks of TensorBoard's."""
     rank = get_rank()
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -56,16 +56,16 @@ class RunLog:
 
     Args:
         args: output_dir of log.txt and log_dir of TensorBoard; '' for none.
-        run: after its `begin`. TensorBoard drops the points that it is about to log again. If an
-            epoch is trained and only its evaluation is left, that includes its last step's, where
-            the evaluation's points are.
+        run: after its `begin`. TensorBoard's points from its next step on are dropped. If only the
+            evaluation of an epoch is left, those of the last step too: both have the same place.
         steps: of an epoch.
     Attributes:
-        _path, _folder: of log.txt and of TensorBoard's files; empty on other ranks.
+        _path, _folder: log.txt and TensorBoard's folder; empty on other ranks.
+        _steps: of an epoch.
         _writer, _purge_step: TensorBoard's, opened for the first point, which drops later ones.
     """
 
-    def __init__(self, args: argparse.Namespace, run: Run, steps: int):
+    def __init__(self, args: Namespace, run: Run, steps: int):
         self._steps = steps
         main = is_main_process()
         self._path = Path(args.output_dir, LOG) if args.output_dir and main else None
@@ -73,12 +73,12 @@ class RunLog:
         self._writer: SummaryWriter | None = None
         self._purge_step: int | None = run.epoch * steps + min(run.step + 1, steps)
 
-    def window(self, values: dict[str, float], step: int) -> None:
+    def add_window(self, values: dict[str, float], step: int) -> None:
         """Adds a window's metrics to TensorBoard at a step counted from the run's beginning."""
         tagged = {f"{'loss' if n in LOSSES else 'train'}/{n}": v for n, v in values.items()}
         self._scalars(tagged, step)
 
-    def epoch(self, epoch: int, train: dict[str, float], tests: dict[str, float]) -> None:
+    def add_epoch(self, epoch: int, train: dict[str, float], tests: dict[str, float]) -> None:
         """Adds a line to log.txt, and the scores of the evaluation to TensorBoard.
 
         Args:
@@ -101,7 +101,7 @@ class RunLog:
             lost = f"the line of epoch {epoch} is lost"
             logger.warning(f"warning: cannot write {self._path}: {error.strerror}; {lost}")
 
-    def image(self, name: str, image: Tensor, epoch: int) -> None:
+    def add_image(self, name: str, image: Tensor, epoch: int) -> None:
         """Adds a uint8 image [3, H, W] to TensorBoard at the end of an epoch."""
         step = (epoch + 1) * self._steps
         self._write(lambda writer: writer.add_image(name, image, step))
@@ -129,9 +129,7 @@ class RunLog:
                 self._writer.close()
 
 
-def describe_run(
-    args: argparse.Namespace, model: nn.Module, precision: Precision, steps: int
-) -> None:
+def describe_run(args: Namespace, model: nn.Module, precision: Precision, steps: int) -> None:
     """Prints what will be trained how, and warns of settings that are rarely meant.
 
     Args:
@@ -160,7 +158,7 @@ def describe_run(
 
 
 def console_line(place: str, left: float, window: dict[str, float], device: torch.device) -> str:
-    """One line for people.
+    """One console line.
 
     Args:
         place: epoch and step.
@@ -182,7 +180,7 @@ def console_line(place: str, left: float, window: dict[str, float], device: torc
 
 
 def memory_gib(device: torch.device) -> float:
-    """The most memory that this process has used so far: the GPU's, or on CPUs the machine's."""
+    """The most memory that this process has used so far: on the GPU, or in RAM on CPUs."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

@@ -20,13 +20,13 @@ from util.lr_sched import global_batch, scale_learning_rate
 from util.misc import MetricLogger
 from util.run.checkpoint import BEST, LAST, NUMBERED, load, save
 from util.run.folder import check_folder, open_folder
-from util.run.interrupt import Interrupts, no_poll
+from util.run.interrupt import Interrupts
 from util.weights import load_model
 
 logger = logging.getLogger(__name__)
 
-LEAST = {"epoch": -1, "images": 0, "world_size": 1, "global_batch": 1}  # of a checkpoint's counts
-# Flags that make it another experiment, of all scripts together.
+LEAST = {"epoch": -1, "images": 0, "world_size": 1, "global_batch": 1}  # what a checkpoint may hold
+# Flags that define the experiment, of all scripts together.
 EXPERIMENT = (
     "seed", "model", "input_size", "weight_mae", "weight_simclr", "weight_noise", "noise_loss",
     "norm_pix_loss", "mask_ratio", "std", "global_pool", "layer_decay", "cache_features",
@@ -40,7 +40,7 @@ class Run:
 
     A checkpoint's `epoch` is the last complete one (-1 before the first one ends), `images` the
     number trained on in the next, `metrics` what each rank has measured there. Random numbers need
-    no state: they are a function of (seed, epoch, step, rank), see `util.misc.seed_all`.
+    no state: they are a function of (seed, epoch, batch, rank), see `util.misc.seed_all`.
 
     Args:
         args: output_dir ('' saves nothing), data_path, save_freq, save_interval, keep_last, epochs,
@@ -123,8 +123,8 @@ class Run:
         self._loader, self._metrics = loader, metrics
         state, self._resumed = self._resumed, {}
         if self.step > steps:
-            done = f"{self.step} steps of an epoch of {steps} are done"
-            raise UserError(f"{self._source} cannot be resumed: {done}")
+            at = f"it is at step {self.step}, but an epoch has {steps}"
+            raise UserError(f"{self._source} cannot be resumed: {at}")
         here = ("image ", str(Path(self.args.data_path)))  # of other data they do not count
         names = map(str, state.get("bad_images", []))
         loader.remember_bad(name for name in names if name.startswith(here))
@@ -133,7 +133,7 @@ class Run:
             try:
                 metrics.load_state_dicts(state["metrics"], device)
             except MISFIT:
-                raise UserError(f"{self._source} is damaged: its metrics are not ours") from None
+                raise UserError(f"{self._source} is damaged: its metrics are malformed") from None
         from_rank_zero(lambda: open_folder(self.args, self.epoch))
 
     def after_step(self, check: Callable[[], Any]) -> None:
@@ -141,7 +141,7 @@ class Run:
         self.step += 1
         self.poll(check)
 
-    def poll(self, check: Callable[[], Any] = no_poll) -> None:
+    def poll(self, check: Callable[[], Any] | None = None) -> None:
         """Saves the current position when the interval is over, or when asked to stop.
 
         Called by all ranks equally often: after each step, and while the epoch is evaluated.
@@ -155,7 +155,8 @@ class Run:
         number, due = self._interrupts.poll()
         if not (number or due):
             return
-        check()
+        if check is not None:
+            check()
         metrics = [None] * get_world_size()
         dist.all_gather_object(metrics, self._metrics.state_dict(), group=host_group())
         position = {"images": self.step * global_batch(self.args), "metrics": metrics}
@@ -173,7 +174,7 @@ class Run:
         """
         self.epoch, self.step = epoch + 1, 0
         final = self.epoch == self.args.epochs
-        names = [LAST]  # written last: a run killed before it repeats this epoch, and its files
+        names = [LAST]  # written last: a run that is killed before it repeats the epoch
         if score is not None and score > self.best:
             self.best = score
             names.insert(0, BEST)
@@ -203,7 +204,7 @@ class Run:
         if failed and last_chance:
             raise failed[0]
         for error in failed:
-            logger.warning(f"warning: {error}; the run goes on, and tries again when it saves")
+            logger.warning(f"warning: {error}; training continues; the next save tries again")
         if self.args.keep_last and not failed:
             self._remove_old()
 
@@ -219,7 +220,7 @@ class Run:
 
 
 def resolve(args: argparse.Namespace, state: dict[str, Any]) -> None:
-    """Sets `accum_iter` and `lr` once the number of processes is known; nothing else sets flags.
+    """Sets `accum_iter` and `lr`, which depend on the number of processes; a run sets no others.
 
     With more or fewer processes than before, fewer or more batches are accumulated, if that gives
     the same global batch: then steps per epoch and learning rate stay what they were.
@@ -231,7 +232,7 @@ def resolve(args: argparse.Namespace, state: dict[str, Any]) -> None:
     now = get_world_size()
     flags = state.get("args", {}).get("batch_size"), state.get("given_accum_iter")
     same_flags = repr(flags) == repr((args.batch_size, args.accum_iter))
-    # With as many processes as before, other flags are meant; the same ones were adapted before.
+    # With as many processes as before: other flags are intended, the same were adapted before.
     if images and (before != now or (same_flags and images != global_batch(args))):
         accum, rest = divmod(images, args.batch_size * now)
         if accum and not rest:
@@ -268,9 +269,10 @@ def load_state(part: Any, state: dict[str, Any]) -> None:
         part.load_state_dict(state)
         return
     settings = part.state_dict()["param_groups"]
-    part.load_state_dict(state)
-    for group, own in zip(part.param_groups, settings, strict=True):
-        group.update({name: value for name, value in own.items() if name != "params"})
+    sizes = [[len(g["params"]) for g in groups] for groups in (state["param_groups"], settings)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"groups of {sizes[0]} parameters, not {sizes[1]}")
+    part.load_state_dict({"state": state["state"], "param_groups": settings})
     for parameter, values in part.state.items():
         for name, value in values.items():
             shape = torch.Size() if name == "step" else parameter.shape

@@ -57,7 +57,7 @@ class Training:
         clip_grad: the largest gradient norm; None does not clip.
     Attributes:
         model: in DDP.
-        log: of the run.
+        precision, optimizer, log: as given; the log is the run's.
         steps: optimizer steps per epoch.
         _metrics, _finite: means of the epoch, and the check of each step.
         _step: the current one.
@@ -135,7 +135,7 @@ class Training:
         if done == 0:
             self._metrics.begin()
         if done == self.steps:  # TensorBoard starts again with the last step: see `RunLog`
-            self.log.window(self._metrics.last, (epoch + 1) * self.steps)
+            self.log.add_window(self._metrics.last, (epoch + 1) * self.steps)
         self.loader.sampler.set_epoch(epoch, done)
         self._first, self._since = done, time.perf_counter()
 
@@ -155,7 +155,7 @@ class Training:
         if self._finite.step(str(step), step.means | {GRADIENT: grad_norm}):
             scaler.step(self.optimizer)
             self._metrics.update(self.loader.batch_size * self.args.accum_iter, **step.means)
-        else:  # the forward pass may have spoilt BatchNorm's statistics
+        else:  # the forward pass may have made BatchNorm's statistics NaN
             for buffer, before in zip(self.model.buffers(), step.buffers, strict=True):
                 buffer.copy_(before)
         scaler.update()
@@ -177,7 +177,7 @@ class Training:
     def _check(self) -> None:
         """Raises UserError on all ranks if this state must not be saved."""
         self._finite.settle()
-        self._finite.weights(str(self._step), self.model)
+        self._finite.check_weights(str(self._step), self.model)
         self.loader.report_bad()
 
     def _show(self, grad_norm: Tensor) -> None:
@@ -186,7 +186,7 @@ class Training:
         if not window:
             return
         epoch, done = self._step.epoch, self._step.number + 1
-        self.log.window(window, epoch * self.steps + done)
+        self.log.add_window(window, epoch * self.steps + done)
         per_step = (time.perf_counter() - self._since) / (done - self._first)
         left = per_step * ((self.args.epochs - epoch) * self.steps - done)
         place = f"epoch {epoch} [{done:{len(str(self.steps))}}/{self.steps}]"

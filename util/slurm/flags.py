@@ -5,6 +5,8 @@ import os
 
 from util.args import COUNT, POSITIVE, Parser
 
+JOB_DIR = "the --job_dir"  # the default of --output_dir
+
 
 def seeds(text: str) -> list[int]:
     """An argparse type: SLURM's notation of an array, `0-2,7` is [0, 1, 2, 7]."""
@@ -35,7 +37,7 @@ def job_flags() -> argparse.ArgumentParser:
         help="local: processes of this machine, debug: one process, here and now; auto: slurm if "
         "there is an srun, else local")
     add("--nodes", type=POSITIVE, default=2, help="machines")
-    add("--ngpus", type=COUNT, default=8, help="GPUs per node, one process each; 0: CPUs")
+    add("--ngpus", type=COUNT, default=8, help="GPUs per node, 0: CPUs; sets --device")
     add("--tasks_per_node", type=POSITIVE,
         help="processes per node; default: one per GPU, or with --ngpus 0 one")
     add("--cpus_per_task", type=POSITIVE, default=10, help="CPU cores per process")
@@ -49,7 +51,7 @@ def job_flags() -> argparse.ArgumentParser:
     add("--partition", help="queue; default: the cluster's")
     add("--constraint", help="features that nodes must have")
     add("--use_volta32", action="store_true", help="--constraint volta32gb")
-    add("--account", help="who is charged")
+    add("--account", help="account to charge")
     add("--qos", help="quality of service, if the cluster has several")
     add("--comment", help="shown to the cluster's administrators")
     add("--slurm_setup", action="append", metavar="COMMAND", help="shell command to run on the "
@@ -71,18 +73,18 @@ def check_job(args: argparse.Namespace) -> None:
     if args.ngpus == 0 and args.device == "cuda":
         raise ValueError("--device cuda needs GPUs: --ngpus is 0")
     if args.ngpus > 0 and args.device == "cpu":
-        raise ValueError(f"--device cpu needs none of --ngpus {args.ngpus}: give --ngpus 0")
+        raise ValueError(f"--device cpu with --ngpus {args.ngpus}: give --ngpus 0")
     if args.ngpus > 0 and args.tasks_per_node not in (None, args.ngpus):
         raise ValueError(
             f"--tasks_per_node {args.tasks_per_node}: each process has a GPU of its own, "
             f"and --ngpus is {args.ngpus}"
         )
-    args.device = "cuda" if args.ngpus else "cpu"  # so as not to train for days on the wrong one
+    args.device = "cuda" if args.ngpus else "cpu"  # fail rather than fall back to the CPU
     args.tasks_per_node = args.tasks_per_node or args.ngpus or 1
     args.mem_gb = args.mem_gb or 40 * args.ngpus or None
 
     args.job_dir = os.path.abspath(os.path.expanduser(args.job_dir))
-    if args.output_dir is None:
+    if args.output_dir == JOB_DIR:
         args.output_dir = args.job_dir
     if not args.output_dir and args.requeue_limit > 0:
         raise ValueError("--output_dir '' saves nothing to resume from: it needs --requeue_limit 0")
@@ -103,5 +105,5 @@ def job_parser(script: Parser) -> Parser:
 
     text, parents = f"{script.description}, submitted", [script, job_flags()]
     parser = Parser(description=text, parents=parents, check=check, add_help=False)
-    parser.set_defaults(output_dir=None)
+    parser.set_defaults(output_dir=JOB_DIR)
     return parser

@@ -109,4 +109,4 @@ def _causes(job: submitit.Job) -> list[str]:
 
     ended = re.findall(TASK_ENDED, texts[0], re.MULTILINE)[:1]
     causes = found(USER_ERROR) or ended + found(EXCEPTION) or found(SLURM_ERROR)
-    return causes or [f"its logs give no reason: {logs[0]}"]
+    return causes or [f"no reason found in its log: {logs[0]}"]

@@ -3,7 +3,6 @@
 Submitting needs no torch: only the job imports it.
 """
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -12,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import submitit
@@ -50,7 +50,7 @@ def _submit(module: str, parser: Parser) -> int:
     calls = []
     for run in runs.values():
         flags = {name: value for name, value in vars(run).items() if name not in JOB_FLAGS}
-        calls.append(Job(module, argparse.Namespace(**flags), args.requeue_limit))
+        calls.append(Job(module, Namespace(**flags), args.requeue_limit))
     _warn_of_missing(args)
     jobs = _submit_array(executor, calls)
     if cluster == "debug":
@@ -63,8 +63,8 @@ def _submit(module: str, parser: Parser) -> int:
     return follow(jobs) if args.wait else 0
 
 
-def _sweep(parser: Parser, args: argparse.Namespace) -> dict[str, argparse.Namespace]:
-    """The flags of each run of a sweep, by the ones that distinguish it; of a single run, by ''."""
+def _sweep(parser: Parser, args: Namespace) -> dict[str, Namespace]:
+    """Each run's flags, by what distinguishes it from the others; '' for a single run."""
     varied = dict(args.set)
     if args.array:
         varied["seed"] = [str(seed) for seed in args.array]
@@ -81,7 +81,7 @@ def _sweep(parser: Parser, args: argparse.Namespace) -> dict[str, argparse.Names
     return runs
 
 
-def _cluster(args: argparse.Namespace, runs: int) -> str:
+def _cluster(args: Namespace, runs: int) -> str:
     """The cluster to use; raises UserError if it is not there or cannot do what is asked."""
     cluster = args.cluster
     if cluster == "auto":
@@ -89,13 +89,13 @@ def _cluster(args: argparse.Namespace, runs: int) -> str:
     elif cluster == "slurm" and not shutil.which("srun"):
         raise UserError("--cluster slurm: there is no srun on PATH")
     if cluster != "slurm" and args.nodes > 1:
-        raise UserError(f"--nodes {args.nodes}: --cluster {cluster} has one")
+        raise UserError(f"--cluster {cluster} is one machine: give --nodes 1, not {args.nodes}")
     if cluster != "slurm" and runs > 1:
-        raise UserError(f"a sweep is a job array of SLURM's: --cluster {cluster} has none")
+        raise UserError(f"a sweep needs a SLURM job array: not --cluster {cluster}")
     return cluster
 
 
-def _executor(args: argparse.Namespace, cluster: str, name: str) -> submitit.AutoExecutor:
+def _executor(args: Namespace, cluster: str, name: str) -> submitit.AutoExecutor:
     # The job must find this code wherever it is submitted from.
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     python = shlex.join(["env", f"PYTHONPATH={paths}", sys.executable])
@@ -134,7 +134,7 @@ def _executor(args: argparse.Namespace, cluster: str, name: str) -> submitit.Aut
     return executor
 
 
-def _warn_of_missing(args: argparse.Namespace) -> None:
+def _warn_of_missing(args: Namespace) -> None:
     """Warns of paths that are not on this machine; they may exist where the job runs."""
     for name in ("data_path", "finetune", "resume"):
         path = getattr(args, name, "")
@@ -158,9 +158,7 @@ def _release(job_id: str) -> None:
         raise UserError(f"job {job_id} is held: scontrol release: {result.stderr.strip()}")
 
 
-def _describe(
-    jobs: dict[str, submitit.Job], runs: dict[str, argparse.Namespace], cluster: str
-) -> None:
+def _describe(jobs: dict[str, submitit.Job], runs: dict[str, Namespace], cluster: str) -> None:
     """Prints where to look."""
     for label, job in jobs.items():
         run = runs[label]
