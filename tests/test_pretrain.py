@@ -13,7 +13,7 @@ import main_pretrain
 from util.lr_sched import adjust_learning_rate
 from util.run import training
 
-DIGITS = ["--data_path", "digits", *TINY]
+DIGITS = ["--data_path", "digits", "--model", "mae_vit_nano_patch4", *TINY[2:]]
 MAE = ["--weight_simclr", 0, "--weight_mae", 1]
 
 

@@ -244,7 +244,7 @@ def test_a_process_that_dies_ends_the_job_and_is_named(tmp_path):
     job = Submitted.__new__(Submitted)
     job.folder = tmp_path
     wait_until(lambda: list(tmp_path.glob("jobs/*/*_0_log.out")), "the job's log")
-    job.ids = [next(tmp_path.glob("jobs/*")).name]
+    job.ids = [next(tmp_path.glob("jobs/[0-9]*")).name]
     job.wait_for_line(r"device: cpu x 2")
     begin = time.monotonic()
     os.kill(job.processes()[1], signal.SIGKILL)
@@ -262,7 +262,7 @@ def test_the_reason_for_a_failure_is_shown(tmp_path):
     message, _, rank = job.result.stderr.rpartition(" (rank ")
     assert message == (
         f"job {job.id} failed: main_pretrain.py: error: 1437 images do not fill one step of 8000 "
-        "(batch_size x accum_iter x processes)"
+        "(batch_size x accum_iter x processes): lower --batch_size"
     )
     assert rank in ("0)\n", "1)\n")
     assert not list(job.output.glob("*_result.pkl"))  # no pickled traceback
