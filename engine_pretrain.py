@@ -10,6 +10,7 @@ from loss_contrastive import nt_xent
 from model_mae import MaskedAutoencoderViT
 from util.distributed import get_world_size, is_main_process
 from util.errors import UserError
+from util.recipes import RECIPES
 from util.run.training import Training
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,9 @@ def total_loss(parts: dict[str, Tensor], args: Namespace) -> dict[str, Tensor]:
         total = args.weight_mae * total
     if "embedding" in parts:
         terms["contrastive"], terms["contrastive_top1"] = nt_xent(
-            parts["embedding"], global_negatives=not args.local_negatives
+            parts["embedding"],
+            temperature=args.temperature,
+            global_negatives=not args.local_negatives,
         )
         total = total + args.weight_simclr * terms["contrastive"]
     return {"loss": total, **terms}
@@ -82,6 +85,8 @@ def describe_objective(args: Namespace, model: MaskedAutoencoderViT) -> None:
         f"{args.weight_mae * share:.4g} noise + {args.weight_simclr:.4g} contrastive, "
         f"mask ratio {args.mask_ratio}, {noise}, {kept} of {patches} patches kept"
     )
+    chosen = ", ".join(f"{name} {getattr(args, name)}" for name in RECIPES[args.recipe])
+    logger.info(f"recipe {args.recipe}: {chosen}")
     if model.contrastive:
         logger.info(f"contrast: {negatives} negatives per anchor")
         if args.accum_iter > 1 and is_main_process():

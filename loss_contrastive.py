@@ -1,4 +1,4 @@
-"""NT-Xent, SupCon, and the gather that lets gradients through.
+"""The projection head, NT-Xent, SupCon, and the gather that lets gradients through.
 
 Shapes: N images per process, 2N view-images (rows 0..N-1 view 1, rows N..2N-1 view 2), V views,
 W processes, d embedding width. Embeddings have unit length.
@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from util.recipes import Parts
+
+PROJECTION_DIM = 128  # width of the contrastive embedding
 TILE_ROWS = 512  # anchors whose similarities are held at once: 2 KiB of memory per candidate
 
 
@@ -35,6 +38,40 @@ def gather_with_grad(x: Tensor) -> Tensor:
     process's mean over its own anchors therefore trains exactly as one process with all of them.
     """
     return _GatherWithGrad.apply(x)
+
+
+class GlobalBatchNorm(nn.BatchNorm1d):
+    """BatchNorm whose statistics in training are those of all processes' rows [M, C], float32.
+
+    torch's SyncBatchNorm does this on GPUs only.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            if not (several and self.training):
+                return super().forward(x)
+            mean = gather_with_grad(x.mean(dim=0, keepdim=True)).mean(dim=0)
+            var = gather_with_grad((x - mean).square().mean(dim=0, keepdim=True)).mean(dim=0)
+            count = len(x) * dist.get_world_size()
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+                unbiased = (var * count / (count - 1)).to(self.running_var)
+                self.running_var.lerp_(unbiased, self.momentum)
+            return (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+
+
+def projection_head(embed_dim: int, parts: Parts) -> nn.Sequential:
+    """Linear layers with ReLU, and a BatchNorm before it if `parts` says so; from D to 128."""
+    layers, width = [], embed_dim
+    for _ in range(parts.projection_layers - 1):
+        hidden = parts.projection_dim or embed_dim
+        norm = [GlobalBatchNorm(hidden)] if parts.projection_norm == "batch" else []
+        layers += [nn.Linear(width, hidden), *norm, nn.ReLU()]
+        width = hidden
+    return nn.Sequential(*layers, nn.Linear(width, PROJECTION_DIM))
 
 
 class _NTXent(torch.autograd.Function):

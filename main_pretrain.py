@@ -31,7 +31,7 @@ from util.run.logs import describe_run, log_to_console
 from util.run.run import Run
 from util.run.training import Training
 from util.visualize import PREVIEW_IMAGES, preview_images, reconstruction_grid
-from util_contrastive import TwoCrops
+from util_contrastive import two_crops
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def main(args: Namespace) -> None:
     log_to_console()
     run = Run(args)
     images, val, _ = from_rank_zero(lambda: open_images(args))
-    transform = TwoCrops(args.input_size, defer=True, blur_prob=args.blur_prob)
+    transform = two_crops(args)
     data = SeededDataset(images, transform, args.seed)
     loader = train_loader(data, args, device, finish=transform.finish)
 

@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from timm.models.vision_transformer import Block, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from loss_contrastive import projection_head
 from util.errors import UserError
+from util.recipes import Parts
 from util.sizes import SIZES, image_side, size_of
 from util.weights import NORM_LAYER, initialize_encoder, load_model, set_positions
 
-PROJECTION_DIM = 128  # width of the contrastive embedding
-NOISE_EMBED_DIM = 128  # width of the sinusoidal embedding of the noise level
+POOLED = {"all": slice(None), "patches": slice(1, None), "cls": slice(1)}  # tokens to contrast
+NOISE_EMBED_DIM = 128  # width of the release's sinusoidal embedding of the noise level
 NOISE_TIME_SCALE = 1000.0  # noise levels as diffusion time steps 0 .. 1000 (Ho et al. 2020)
 
 
@@ -37,6 +40,7 @@ class MaskedAutoencoderViT(nn.Module):
         std: the largest noise level, in units of the normalised images.
         contrastive: compute the projected embedding.
         reconstruct: run the decoder; needed for reconstruction and for noise prediction.
+        parts: what the two recipes of CAN choose differently.
     Raises:
         ValueError: img_size is not a multiple of patch_size, or std is negative.
     """
@@ -59,31 +63,31 @@ class MaskedAutoencoderViT(nn.Module):
         std: float = 0.05,
         contrastive: bool = True,
         reconstruct: bool = True,
+        parts: Parts = Parts(),  # noqa: B008 (frozen)
     ):
         super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if height % patch_size or width % patch_size:
+        if any(side % patch_size for side in to_2tuple(img_size)):
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         if std < 0:
             raise ValueError(f"std {std} is negative")
         self.norm_pix_loss, self.noise_loss, self.std = norm_pix_loss, noise_loss, std
-        self.contrastive, self.reconstruct = contrastive, reconstruct
+        self.contrastive, self.reconstruct, self.parts = contrastive, reconstruct, parts
         self.grad_checkpointing = False
 
         block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
-        self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(to_2tuple(img_size), patch_size, in_chans, embed_dim)
         tokens = 1 + self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)
         self.blocks = nn.ModuleList(block(embed_dim, num_heads) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
-
-        self.projection_head = _mlp(embed_dim, embed_dim, PROJECTION_DIM)
-        self.noise_pe_mlp = _mlp(NOISE_EMBED_DIM, embed_dim, embed_dim)
-
+        self.projection_head = projection_head(embed_dim, parts)
+        level_dim = NOISE_EMBED_DIM if parts.noise_level_tokens == "visible" else embed_dim
+        self.noise_pe_mlp = _mlp(level_dim, embed_dim, embed_dim)
         dim, heads = decoder_embed_dim, decoder_num_heads
         self.decoder_embed = nn.Linear(embed_dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        mask_dim = dim if parts.mask_token_width == "decoder" else embed_dim
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, mask_dim))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, dim), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(block(dim, heads) for _ in range(decoder_depth))
         self.decoder_norm = norm_layer(dim)
@@ -193,7 +197,8 @@ class MaskedAutoencoderViT(nn.Module):
 
     def forward_projection(self, latent: Tensor) -> Tensor:
         """Unit-length contrastive embeddings [N, 128], float32, of latent tokens [N, 1 + K, D]."""
-        return F.normalize(self.projection_head(latent.mean(dim=1)).float(), dim=-1)
+        pooled = latent[:, POOLED[self.parts.pool]].mean(dim=1)
+        return F.normalize(self.projection_head(pooled).float(), dim=-1)
 
     def forward_decoder(
         self, x: Tensor, ids_restore: Tensor, noise_level: Tensor | None = None
@@ -203,14 +208,22 @@ class MaskedAutoencoderViT(nn.Module):
         Args:
             noise_level: t in [0, 1] [N]; None where noise is not predicted.
         """
+        told = None
         if noise_level is not None:
-            embedding = self.noise_pe_mlp(noise_level_embedding(noise_level))
-            x = x + embedding[:, None]
+            width = self.noise_pe_mlp[0].in_features
+            told = self.noise_pe_mlp(noise_level_embedding(noise_level, width))[:, None]
+        if told is not None and self.parts.noise_level_tokens == "visible":
+            x = x + told
         x = self.decoder_embed(x)
 
         n, length = ids_restore.shape
-        mask_tokens = self.mask_token.expand(n, length + 1 - x.shape[1], -1).to(x.dtype)
+        embed = self.parts.mask_token_width == "encoder"
+        mask_token = self.decoder_embed(self.mask_token) if embed else self.mask_token
+        mask_tokens = mask_token.expand(n, length + 1 - x.shape[1], -1).to(x.dtype)
         patches = torch.cat([x[:, 1:], mask_tokens], dim=1)
+        if told is not None and self.parts.noise_level_tokens == "all":
+            # As if added before `decoder_embed`, whatever the mask token's width.
+            patches = patches + F.linear(told, self.decoder_embed.weight)
         patches = patches.gather(1, ids_restore[:, :, None].expand(-1, -1, x.shape[2]))
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
 
@@ -221,6 +234,9 @@ class MaskedAutoencoderViT(nn.Module):
     def patch_std(patches: Tensor) -> Tensor:
         """The deviation [N, L, 1] that `norm_pix_loss` divides patches [N, L, p * p * C] by."""
         return (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+    def _normalised(self, patches: Tensor) -> Tensor:
+        return (patches - patches.mean(dim=-1, keepdim=True)) / self.patch_std(patches)
 
     def forward_loss(
         self, imgs: Tensor, pred: Tensor, mask: Tensor, noise: Tensor | None = None
@@ -234,10 +250,12 @@ class MaskedAutoencoderViT(nn.Module):
         """
         pred, target = pred.float(), self.patchify(imgs).float()
         if self.norm_pix_loss:
-            target = (target - target.mean(-1, keepdim=True)) / self.patch_std(target)
+            target = self._normalised(target)
         losses = {"reconstruction": _mean_where(mask, (pred - target) ** 2)}
         if noise is not None:
             noise = self.patchify(noise).float()
+            if self.parts.noise_target == "normalised":
+                noise = self._normalised(noise)
             losses["noise"] = _mean_where(1 - mask, (pred - noise) ** 2)
             losses["noise_zero"] = _mean_where(1 - mask, noise**2)
         return losses
@@ -288,13 +306,19 @@ globals().update(MODELS)  # for `from model_mae import mae_vit_base_patch16`
 
 def build_model(args: argparse.Namespace) -> MaskedAutoencoderViT:
     """The model that main_pretrain.py's flags describe."""
-    return MODELS[args.model](
-        img_size=args.input_size,
-        norm_pix_loss=args.norm_pix_loss,
-        noise_loss=args.noise_loss,
-        std=args.std,
-        contrastive=args.weight_simclr > 0,
-        reconstruct=args.weight_mae > 0,
+    return _build(args.model, vars(args), img_size=args.input_size)
+
+
+def _build(name: str, flags: dict[str, Any], **sizes: int) -> MaskedAutoencoderViT:
+    """The model that flags describe; MAE's where there are none."""
+    return MODELS[name](
+        **sizes,
+        norm_pix_loss=flags.get("norm_pix_loss", False),
+        noise_loss=flags.get("noise_loss", False),
+        std=flags.get("std", 0.05),
+        contrastive=flags.get("weight_simclr", 0) > 0,
+        reconstruct=flags.get("weight_mae", 1) > 0,
+        parts=Parts.of(flags),
     )
 
 
@@ -310,24 +334,14 @@ def model_from_checkpoint(
         UserError: not a whole pretrained model of a known size.
     """
     weights = state["model"]
-    flags = {k: v for k, v in state.get("args", {}).items() if isinstance(v, bool | int | float)}
-    size = size_of(weights, source)
+    name = f"mae_vit_{size_of(weights, source)}"
     if "decoder_pred.weight" not in weights:
         raise UserError(f"{source} is not a pretraining checkpoint: it has no decoder_pred.weight")
-    model = MODELS[f"mae_vit_{size}"](
-        img_size=image_side(weights, source),
-        in_chans=weights["patch_embed.proj.weight"].shape[1],
-        norm_pix_loss=flags.get("norm_pix_loss", norm_pix_loss),
-        noise_loss=flags.get("noise_loss", False),
-        std=flags.get("std", 0.05),
-        contrastive=flags.get("weight_simclr", 0) > 0,
-        reconstruct=flags.get("weight_mae", 1) > 0,
-    )
+    sizes = {"img_size": image_side(weights, source)}
+    sizes["in_chans"] = weights["patch_embed.proj.weight"].shape[1]
+    model = _build(name, {"norm_pix_loss": norm_pix_loss} | state.get("args", {}), **sizes)
     # MAE's own checkpoints lack these parts of CAN, and do not need them.
-    unused = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name.startswith(("projection_head.", "noise_pe_mlp.")) and not model.noise_loss
-    }
+    absent = () if model.noise_loss else ("projection_head.", "noise_pe_mlp.")
+    unused = {name: t for name, t in model.state_dict().items() if name.startswith(absent)}
     load_model(model, unused | weights, source)
     return model

@@ -1,6 +1,7 @@
 """The two-view augmentation (SimCLR, Chen et al. 2020, as in the public CAN release)."""
 
 import math
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,11 @@ from util.data.images import decode, upright_size
 from util.data.loader import to_device
 
 # The recipe: strengths are SimCLR's, as in the public CAN release.
-CROP_AREA = (0.2, 1.0)  # share of the image's area
+CROP_SCALE = (0.2, 1.0)  # share of the image's area
 CROP_ASPECT = (3 / 4, 4 / 3)  # width by height
 FLIP_P, JITTER_P, GREY_P, BLUR_PROB = 0.5, 0.8, 0.2, 0.5
-JITTER = T.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+JITTER_STRENGTH = 0.5
+JITTER = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue, at strength 1
 BLUR_SIGMA = (0.1, 2.0)  # pixels
 
 
@@ -46,13 +48,18 @@ class GaussianBlur:
         return TF.gaussian_blur(image, 2 * radius + 1, sigma)
 
 
-def draw_parameters(blur_prob: float = BLUR_PROB) -> Tensor:
+def color_jitter(strength: float = JITTER_STRENGTH) -> T.ColorJitter:
+    """The recipe's colour jitter; strength 1 is SimCLR's."""
+    return T.ColorJitter(*(strength * amount for amount in JITTER))
+
+
+def draw_parameters(blur_prob: float = BLUR_PROB, jitter: T.ColorJitter | None = None) -> Tensor:
     """One view's parameters [23] for `augment`, from torch's random state, as torchvision draws."""
+    jitter = jitter or color_jitter()
     before, after, hue = [], [], 0.0
     if torch.rand(()).item() < JITTER_P:
-        order, b, c, s, h = JITTER.get_params(
-            JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue
-        )
+        ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+        order, b, c, s, h = jitter.get_params(*ranges)
         blends = {0: (b, 0.0, 0.0), 1: (c, 0.0, 1 - c), 2: (s, 1 - s, 0.0)}
         slot = before
         for operation in order.tolist():
@@ -77,20 +84,30 @@ class TwoCrops:
         defer: leave all but the cropping to `finish`, for whole batches. A view is then a uint8
             crop [3, S, S] and the parameters [23] drawn for it.
         blur_prob: how often a view is blurred.
+        crop_scale: the range of a crop's share of the image's area.
+        jitter_strength: of the colours; 1 is SimCLR's.
     """
 
     decodes = True  # takes images that are not decoded yet
 
-    def __init__(self, input_size: int, defer: bool = False, blur_prob: float = BLUR_PROB):
+    def __init__(
+        self,
+        input_size: int,
+        defer: bool = False,
+        blur_prob: float = BLUR_PROB,
+        crop_scale: tuple[float, float] = CROP_SCALE,
+        jitter_strength: float = JITTER_STRENGTH,
+    ):
         self.input_size, self.defer, self.blur_prob = input_size, defer, blur_prob
+        self.crop_scale, self.jitter = crop_scale, color_jitter(jitter_strength)
 
     def __call__(self, image: Image.Image) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
         width, height = upright_size(image)
         canvas = torch.empty(1, height, width, device="meta")  # a size, and no pixels
         boxes, parameters = [], []
         for _ in range(2):
-            boxes.append(T.RandomResizedCrop.get_params(canvas, CROP_AREA, CROP_ASPECT))
-            parameters.append(draw_parameters(self.blur_prob))
+            boxes.append(T.RandomResizedCrop.get_params(canvas, self.crop_scale, CROP_ASPECT))
+            parameters.append(draw_parameters(self.blur_prob, self.jitter))
         crops = cut(image, boxes, self.input_size)
         crops = [crop.flip(-1) if torch.rand(()) < FLIP_P else crop for crop in crops]
         if self.defer:
@@ -102,6 +119,12 @@ class TwoCrops:
         if not self.defer:
             return to_device(views, device)
         return [augment(to_device(crops, device), parameters) for crops, parameters in views]
+
+
+def two_crops(args: Namespace) -> TwoCrops:
+    """The views that main_pretrain.py's flags describe; batches of them are to be finished."""
+    scale, jitter = tuple(args.crop_scale), args.jitter_strength
+    return TwoCrops(args.input_size, True, args.blur_prob, scale, jitter)
 
 
 def cut(image: Image.Image, boxes: list[tuple[int, int, int, int]], size: int) -> list[Tensor]:

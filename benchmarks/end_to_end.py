@@ -26,7 +26,7 @@ from util.data.loader import train_loader
 from util.data.order import SeededDataset
 from util.datasets import open_dataset
 from util.precision import Precision, keep_freed_memory
-from util_contrastive import TwoCrops
+from util_contrastive import two_crops
 
 EPOCHS = 3  # the first, with its start-up, is not counted
 
@@ -46,7 +46,7 @@ def flags(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def loader_rate(args: argparse.Namespace, device: torch.device) -> float:
-    transform = TwoCrops(args.input_size, defer=True, blur_prob=args.blur_prob)
+    transform = two_crops(args)
     data = SeededDataset(open_dataset(args.data_path, train=True), transform, args.seed)
     loader = train_loader(data, args, device, finish=transform.finish)
     for epoch in range(2):  # the first starts the processes

@@ -34,15 +34,15 @@ from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from util_contrastive import (
     BLUR_PROB,
     BLUR_SIGMA,
-    CROP_AREA,
     CROP_ASPECT,
+    CROP_SCALE,
     FLIP_P,
     GREY_P,
-    JITTER,
     JITTER_P,
     GaussianBlur,
     TwoCrops,
     TwoCropTransform,
+    color_jitter,
 )
 
 # Width, height, JPEG quality: the first as ImageNet's images are on average, of about 110 KB; the
@@ -111,9 +111,9 @@ def pil_transform(size: int) -> TwoCropTransform:
     return TwoCropTransform(
         T.Compose(
             [
-                T.RandomResizedCrop(size, scale=CROP_AREA, ratio=CROP_ASPECT),
+                T.RandomResizedCrop(size, scale=CROP_SCALE, ratio=CROP_ASPECT),
                 T.RandomHorizontalFlip(FLIP_P),
-                T.RandomApply([JITTER], p=JITTER_P),
+                T.RandomApply([color_jitter()], p=JITTER_P),
                 T.RandomGrayscale(p=GREY_P),
                 T.RandomApply([GaussianBlur()], p=BLUR_PROB),
                 T.ToTensor(),
@@ -128,7 +128,7 @@ def kornia_transform(size: int) -> Callable[[Image.Image], list[torch.Tensor]]:
     import kornia.augmentation as K
 
     augment = K.AugmentationSequential(
-        K.RandomResizedCrop((size, size), scale=CROP_AREA, ratio=CROP_ASPECT),
+        K.RandomResizedCrop((size, size), scale=CROP_SCALE, ratio=CROP_ASPECT),
         K.RandomHorizontalFlip(),
         K.ColorJiggle(0.4, 0.4, 0.4, 0.1, p=JITTER_P),
         K.RandomGrayscale(p=GREY_P),

@@ -10,6 +10,9 @@ from util.args import finetune_parser, linprobe_parser, pretrain_parser
 
 # name -> default. A change here changes what people's scripts do.
 PRETRAIN_FLAGS = {
+    "crop_scale": [0.2, 1.0], "jitter_strength": 0.5, "mask_token_width": "decoder",
+    "noise_level_tokens": "visible", "noise_target": "raw", "pool": "all", "projection_dim": None,
+    "projection_layers": 2, "projection_norm": "none", "recipe": "release", "temperature": 0.1,
     "accum_iter": 1, "batch_size": 64, "blr": 1e-3, "blur_prob": 0.5, "compile": False,
     "data_path": "x", "device": None, "dist_on_itp": False, "dist_url": "env://",
     "epochs": 400, "eval_freq": 0,

@@ -9,7 +9,7 @@ import torchvision.transforms.functional as TF
 
 from util.data.augment import AFTER, BEFORE, IDENTITY, augment, blend, blur, shift_hue
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from util_contrastive import BLUR_PROB, GREY_P, JITTER, JITTER_P, draw_parameters
+from util_contrastive import BLUR_PROB, GREY_P, JITTER_P, color_jitter, draw_parameters
 
 
 def images(count: int, side: int = 48) -> torch.Tensor:
@@ -83,8 +83,9 @@ def one_by_one(crop: torch.Tensor) -> torch.Tensor:
     """What `draw_parameters` and `augment` do, in torchvision's words and the same draws."""
     img = crop / 255
     if torch.rand(()) < JITTER_P:
-        order, *values = JITTER.get_params(
-            JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue
+        jitter = color_jitter()
+        order, *values = jitter.get_params(
+            jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
         )
         adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
         for operation in order:

@@ -1,12 +1,11 @@
 """Every flag of the three scripts, defined once; imports no torch, so that it parses quickly."""
 
 import argparse
-import math
-import os
 import re
-import sys
 from collections.abc import Callable
 
+from util.parser import ABOVE_0, AMOUNT, BELOW_1, COUNT, POSITIVE, SHARE, Parser, number
+from util.recipes import recipe_flags, resolve_recipe
 from util.sizes import SIZES, patch_size
 
 # timm's auto_augment strings: a name, and for the random ones numbers by letter.
@@ -14,67 +13,6 @@ _NUMBER = r"\d{1,3}(\.\d{1,9})?"
 AUGMENTATION_POLICY = (
     rf"(v0r?|originalr?|3a)(-mstd{_NUMBER})?|(rand|augmix)(-(mstd|mmax|inc|[mnwtdbap]){_NUMBER})*"
 )
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that are values; a help text says what the others resolve to."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if action.required or action.nargs == 0 or action.default in (None, "", []):
-            return action.help
-        return super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """`argparse` with one-line errors, and a `check` of flags that depend on each other.
-
-    Args:
-        check: called with the parsed namespace; fills in derived defaults, and raises ValueError
-            with the line to show. The process then exits with status 2, as for any bad flag.
-    """
-
-    def __init__(self, check: Callable[[argparse.Namespace], None] | None = None, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
-        self.check = check
-
-    def parse_args(self, args=None, namespace=None):
-        parsed = super().parse_args(args, namespace)
-        if self.check is not None:
-            try:
-                self.check(parsed)
-            except ValueError as error:
-                self.error(str(error))
-        return parsed
-
-    def error(self, message: str):
-        if os.environ.get("RANK", "0") == "0":  # all ranks parse the same flags
-            message = message.replace("\n", "\\n")  # file names may hold some
-            print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
-        sys.exit(2)
-
-
-def number(kind: type, low: float, high: float = math.inf, ends: str = "[)") -> Callable:
-    """An argparse type: an int or float between low and high; `ends` as in [low, high)."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            word = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
-        above = low <= value if ends[0] == "[" else low < value
-        below = value <= high if ends[1] == "]" else value < high
-        if not (above and below):  # refuses NaN too, which compares false with everything
-            span = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
-            raise argparse.ArgumentTypeError(f"{text} is outside {span}")
-        return value
-
-    return parse
-
-
-COUNT, POSITIVE = number(int, 0), number(int, 1)
-AMOUNT, SHARE = number(float, 0), number(float, 0, 1, "[]")
-BELOW_1, ABOVE_0 = number(float, 0, 1), number(float, 0, ends="()")
 
 
 # The flags stand as tables, one in one or two lines.
@@ -160,7 +98,8 @@ def supervised_flags() -> argparse.ArgumentParser:
 
 def pretrain_parser() -> Parser:
     """The flags of main_pretrain.py."""
-    parser = Parser(description="CAN pretraining", parents=[common_flags()], check=check_pretrain)
+    shared = [common_flags(), recipe_flags()]
+    parser = Parser(description="CAN pretraining", parents=shared, check=check_pretrain)
     parser.set_defaults(epochs=400, weight_decay=0.05, blr=1e-3, min_lr=0.0, warmup_epochs=40)
 
     add = parser.add_argument_group("objective").add_argument
@@ -168,8 +107,6 @@ def pretrain_parser() -> Parser:
     add("--weight_mae", type=AMOUNT, default=0.97,
         help="weight of reconstruction and noise prediction together")
     add("--weight_simclr", type=AMOUNT, default=0.03, help="weight of the contrastive loss")
-    add("--weight_noise", type=SHARE, default=0.3,
-        help="share of noise prediction within weight_mae")
     add("--noise_loss", action="store_true", default=None, help="add noise to the images and "
         "predict it; default: on for CAN, off for MAE and SimCLR")
     add("--no_noise_loss", action="store_false", dest="noise_loss", default=None,
@@ -177,8 +114,6 @@ def pretrain_parser() -> Parser:
     add("--std", type=AMOUNT, default=0.05, help="largest noise level, in normalised pixels")
     add("--mask_ratio", type=BELOW_1,
         help="share of patches removed; default: 0.5 for CAN, 0.75 for MAE, 0 for SimCLR")
-    add("--norm_pix_loss", action="store_true",
-        help="reconstruct pixels normalised within each patch")
     add("--blur_prob", type=SHARE, default=0.5,
         help="probability of blurring a view; use 0 for images of 32 pixels")
     add("--grad_checkpointing", action="store_true", help="recompute activations in the "
@@ -282,6 +217,11 @@ def check_pretrain(args: argparse.Namespace) -> None:
     second SimCLR.
     """
     check_common(args)
+    resolve_recipe(args)
+    if args.crop_scale[0] > args.crop_scale[1]:
+        raise ValueError(
+            "--crop_scale {} {}: the first exceeds the second".format(*args.crop_scale)
+        )
     if args.weight_mae == 0 and args.weight_simclr == 0:
         raise ValueError("--weight_mae 0 and --weight_simclr 0 leave nothing to learn")
 

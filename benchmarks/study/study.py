@@ -33,10 +33,10 @@ from flops import forward_flops
 from torch.utils.data import DataLoader
 
 from model_vit import build_probe
-from util.args import HelpFormatter, number
 from util.data.order import SeededDataset
 from util.data.transforms import eval_transform
 from util.datasets import open_dataset
+from util.parser import HelpFormatter, number
 from util.run.checkpoint import LAST, load
 from util.sizes import SIZES
 from util.slurm.flags import seeds
@@ -111,10 +111,9 @@ ABLATIONS = [
     Run("target-patch", variant="target=patch"),
     Run("noise-strong", "--std 0.25 --weight_noise 0.9", variant="target=unit"),
     Run("no-noise-strong", "--no_noise_loss --weight_mae 0.097"),  # what it weighs in noise-strong
-    Run("pool-patches", variant="pool=patches"),
-    Run("pool-cls", variant="pool=cls"),
+    *(Run(f"pool-{tokens}", f"--pool {tokens}") for tokens in ("patches", "cls")),
     Run("norm-pix", "--norm_pix_loss"),
-    *(Run(f"head-{depth}", variant=f"head={depth}") for depth in (1, 3)),
+    *(Run(f"head-{depth}", f"--projection_layers {depth}") for depth in (1, 3)),
     *(Run(f"warmup-{epochs}", f"--warmup_epochs {epochs}") for epochs in (0, 5)),
     Run("simclr-0.1-norm-pix", "--weight_simclr 0.1 --norm_pix_loss"),
     Run("mae-norm-pix-equal-flops", f"{NO_CONTRAST} --norm_pix_loss", "MAE"),

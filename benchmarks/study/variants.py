@@ -1,7 +1,5 @@
 """main_pretrain.py with one change to the model that no flag makes; `study.py` runs it.
 
-For encoders narrower or wider than 128, which is how `head=` tells its layers from others.
-
 python benchmarks/study/variants.py target=unit --data_path IMAGES ...
 """
 
@@ -9,11 +7,11 @@ import sys
 from collections.abc import Callable
 
 import paths  # noqa: F401
-from torch import Tensor, nn
+from torch import Tensor
 
 import main_pretrain
 import model_mae
-from model_mae import PROJECTION_DIM, MaskedAutoencoderViT
+from model_mae import MaskedAutoencoderViT
 from util.run.launch import launch
 
 Model = MaskedAutoencoderViT
@@ -26,7 +24,7 @@ def level_unscaled() -> None:
 
 def level_none() -> None:
     """The decoder is not told the noise level."""
-    model_mae.noise_level_embedding = lambda level: level.new_zeros(len(level), 128)
+    model_mae.noise_level_embedding = lambda level, dim=128: level.new_zeros(len(level), dim)
 
 
 def target_unit() -> None:
@@ -59,55 +57,11 @@ def _change_target(change: Callable[[Model, Tensor, Tensor], Tensor]) -> None:
     Model.add_noise = changed
 
 
-def pool_patches() -> None:
-    """Contrast of the mean over patch tokens, without cls."""
-    _change_pooling(lambda latent: latent[:, 1:])
-
-
-def pool_cls() -> None:
-    """Contrast of the cls token alone."""
-    _change_pooling(lambda latent: latent[:, :1])
-
-
-def _change_pooling(choose: Callable[[Tensor], Tensor]) -> None:
-    forward_projection = Model.forward_projection
-    Model.forward_projection = lambda self, latent: forward_projection(self, choose(latent))
-
-
-def head_1() -> None:
-    """A projection head of one linear layer."""
-    _change_head(1)
-
-
-def head_3() -> None:
-    """A projection head of three linear layers."""
-    _change_head(3)
-
-
-def _change_head(depth: int) -> None:
-    mlp = model_mae._mlp
-
-    def changed(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-        if out_dim != PROJECTION_DIM:
-            return mlp(in_dim, hidden_dim, out_dim)
-        hidden = []
-        for _ in range(depth - 1):
-            hidden += [nn.Linear(in_dim, hidden_dim), nn.ReLU()]
-            in_dim = hidden_dim
-        return nn.Sequential(*hidden, nn.Linear(in_dim, out_dim))
-
-    model_mae._mlp = changed
-
-
 VARIANTS = {
     "level=unscaled": level_unscaled,
     "level=none": level_none,
     "target=unit": target_unit,
     "target=patch": target_patch,
-    "pool=patches": pool_patches,
-    "pool=cls": pool_cls,
-    "head=1": head_1,
-    "head=3": head_3,
 }
 
 

@@ -18,6 +18,7 @@ from util.distributed import from_rank_zero, get_world_size, host_group
 from util.errors import Stopped, UserError
 from util.lr_sched import global_batch, scale_learning_rate
 from util.misc import MetricLogger
+from util.recipes import RECIPES
 from util.run.checkpoint import BEST, LAST, NUMBERED, load, save
 from util.run.folder import check_folder, open_folder
 from util.run.interrupt import Interrupts
@@ -26,10 +27,10 @@ from util.weights import load_model
 logger = logging.getLogger(__name__)
 
 LEAST = {"epoch": -1, "images": 0, "world_size": 1, "global_batch": 1}  # what a checkpoint may hold
-# Flags that define the experiment, of all scripts together.
+# Flags that define the experiment, of all scripts together; with those of a recipe.
 EXPERIMENT = (
-    "seed", "model", "input_size", "weight_mae", "weight_simclr", "weight_noise", "noise_loss",
-    "norm_pix_loss", "mask_ratio", "std", "global_pool", "layer_decay", "cache_features",
+    "seed", "model", "input_size", "weight_mae", "weight_simclr", "noise_loss", "mask_ratio", "std",
+    "global_pool", "layer_decay", "cache_features",
 )  # fmt: skip
 # What loading a state of another kind or objective raises.
 MISFIT = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -248,8 +249,9 @@ def resolve(args: argparse.Namespace, state: dict[str, Any]) -> None:
 
 def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: str | Path) -> None:
     """Raises UserError if `--resume auto` found a checkpoint of another script or objective."""
-    there, here = state.get("args", {}), vars(args)
-    for name in EXPERIMENT if there else ():
+    release = RECIPES["release"]  # what checkpoints mean that are older than recipes
+    there, here = release | state.get("args", {}), release | vars(args)
+    for name in (*EXPERIMENT, *release) if state.get("args") else ():
         values = [repr(flags[name]) if name in flags else "no flag" for flags in (there, here)]
         if values[0] != values[1]:
             raise UserError(

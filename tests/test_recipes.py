@@ -1,0 +1,256 @@
+"""The two recipes of CAN: flags, equations against an independent oracle, old checkpoints."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import in_processes, log_of, run_main, small_mae, state_of, the_error
+from torch.nn.parallel import DistributedDataParallel
+
+import main_linprobe
+import main_pretrain
+from engine_pretrain import total_loss
+from loss_contrastive import GlobalBatchNorm, projection_head
+from model_mae import MaskedAutoencoderViT, model_from_checkpoint
+from util.args import pretrain_parser
+from util.recipes import RECIPES, Parts
+from util.run import checkpoint
+
+PAPER = Parts.of(RECIPES["paper"] | {"projection_dim": 24})
+NANO = ["--model", "mae_vit_nano_patch4", "--projection_dim", 32]
+
+
+def parse(*flags: str):
+    return pretrain_parser().parse_args(["--data_path", "x", *flags])
+
+
+def test_the_command_line_overrides_the_recipe():
+    paper = parse("--recipe", "paper")
+    assert (paper.pool, paper.norm_pix_loss, paper.projection_dim) == ("patches", True, 4096)
+    assert paper.weight_mae * paper.weight_noise == pytest.approx(0.3)
+    assert paper.weight_mae * (1 - paper.weight_noise) == pytest.approx(0.67)
+    other = parse("--recipe", "paper", "--pool", "cls", "--no_norm_pix_loss")
+    assert (other.pool, other.norm_pix_loss, other.projection_dim) == ("cls", False, 4096)
+    release = parse()
+    assert (release.pool, release.norm_pix_loss, release.crop_scale) == ("all", False, [0.2, 1.0])
+    assert Parts.of(vars(release)) == Parts()
+
+
+# --- the paper's recipe in plain functions of the weights w, for images of 32 x 32, patches of 8
+
+
+def linear(w, name, x):
+    return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+
+def layer_norm(w, name, x):
+    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
+
+
+def transformer(w, name, x, depth, heads):
+    for i in range(depth):
+        at = f"{name}.{i}"
+        qkv = linear(w, f"{at}.attn.qkv", layer_norm(w, f"{at}.norm1", x))
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+        weights = torch.einsum("nihd,njhd->nhij", q, k) / math.sqrt(q.shape[-1])
+        seen = torch.einsum("nhij,njhd->nihd", weights.softmax(-1), v).flatten(2)
+        x = x + linear(w, f"{at}.attn.proj", seen)
+        hidden = F.gelu(linear(w, f"{at}.mlp.fc1", layer_norm(w, f"{at}.norm2", x)))
+        x = x + linear(w, f"{at}.mlp.fc2", hidden)
+    return x
+
+
+def cut(imgs):
+    """Patches [N, 16, 8 * 8 * 3], rows first."""
+    patches = imgs.reshape(len(imgs), 3, 4, 8, 4, 8)
+    return torch.einsum("nchpwq->nhwpqc", patches).reshape(len(imgs), 16, 192)
+
+
+def normalised(patches):
+    mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+    return (patches - mean) / torch.sqrt(var + 1e-6)
+
+
+def encoded(w, imgs, keep):
+    patches = F.conv2d(imgs, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], 8)
+    patches = patches.flatten(2).transpose(1, 2) + w["pos_embed"][:, 1:]
+    cls = (w["cls_token"] + w["pos_embed"][:, :1]).expand(len(imgs), -1, -1)
+    tokens = torch.cat([cls, patches[torch.arange(len(imgs))[:, None], keep]], 1)
+    return layer_norm(w, "norm", transformer(w, "blocks", tokens, 2, 4))
+
+
+def contrasted(w, latent):
+    hidden = latent[:, 1:].mean(1)
+    for i in (0, 3):
+        hidden = linear(w, f"projection_head.{i}", hidden)
+        hidden = (hidden - hidden.mean(0)) / torch.sqrt(hidden.var(0, unbiased=False) + 1e-5)
+        norm = f"projection_head.{i + 1}"
+        hidden = F.relu(hidden * w[f"{norm}.weight"] + w[f"{norm}.bias"])
+    z = linear(w, "projection_head.6", hidden)
+    z = z / z.norm(dim=1, keepdim=True)
+    similar = (z @ z.T / 0.1).masked_fill(torch.eye(len(z), dtype=torch.bool), -math.inf)
+    return F.cross_entropy(similar, (torch.arange(len(z)) + len(z) // 2) % len(z))
+
+
+def decoded(w, latent, level, keep):
+    width = latent.shape[-1]
+    angles = 1000 * level[:, None] * 10000.0 ** (-torch.arange(width // 2) / (width // 2))
+    told = torch.cat([angles.sin(), angles.cos()], 1)
+    told = linear(w, "noise_pe_mlp.2", F.relu(linear(w, "noise_pe_mlp.0", told)))
+    patches = w["mask_token"].repeat(len(latent), 16, 1)
+    patches[torch.arange(len(latent))[:, None], keep] = latent[:, 1:]
+    tokens = torch.cat([latent[:, :1], patches + told[:, None]], 1)
+    x = linear(w, "decoder_embed", tokens) + w["decoder_pos_embed"]
+    x = layer_norm(w, "decoder_norm", transformer(w, "decoder_blocks", x, 1, 4))
+    return linear(w, "decoder_pred", x)[:, 1:]
+
+
+def oracle(w, imgs, noise, level, keep) -> dict[str, torch.Tensor]:
+    """What is predicted, and the losses; `keep` [N, K] are the kept patches, as encoded."""
+    latent = encoded(w, imgs + noise, keep)
+    found = {"pred": decoded(w, latent, level, keep), "contrastive": contrasted(w, latent)}
+    errors = [((found["pred"] - normalised(cut(x))) ** 2).mean(-1) for x in (imgs, noise)]
+    seen = torch.zeros(len(imgs), 16, dtype=torch.bool)
+    seen[torch.arange(len(imgs))[:, None], keep] = True
+    found |= {"reconstruction": errors[0][~seen].mean(), "noise": errors[1][seen].mean()}
+    terms = 0.67 * found["reconstruction"] + 0.3 * found["noise"] + 0.03 * found["contrastive"]
+    return found | {"loss": terms}
+
+
+def test_the_paper_s_recipe_equals_an_oracle(monkeypatch):
+    args = parse("--recipe", "paper")
+    torch.manual_seed(0)
+    model = small_mae(norm_pix_loss=True, parts=PAPER)
+    for parameter in model.parameters():  # no bias, norm or attention is trivial
+        torch.nn.init.normal_(parameter, std=0.3)
+    imgs = torch.randn(8, 3, 32, 32)
+    found = {}
+
+    def add_noise(self, imgs, original=MaskedAutoencoderViT.add_noise):
+        found["seen"], found["noise"], found["level"] = original(self, imgs)
+        return found["seen"], found["noise"], found["level"]
+
+    def masking(self, x, ratio, original=MaskedAutoencoderViT.random_masking):
+        kept, mask, restore = original(self, x, ratio)
+        found["keep"] = restore.argsort(1)[:, : kept.shape[1]]
+        return kept, mask, restore
+
+    monkeypatch.setattr(MaskedAutoencoderViT, "add_noise", add_noise)
+    monkeypatch.setattr(MaskedAutoencoderViT, "random_masking", masking)
+    parts = model(imgs, 0.5)
+    losses = total_loss(parts, args)
+    expected = oracle(model.state_dict(), imgs, found["noise"], found["level"], found["keep"])
+    torch.testing.assert_close(parts["pred"], expected.pop("pred"), rtol=1e-4, atol=1e-4)
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value.item(), rel=1e-4), name
+    assert losses["noise_zero"].item() == pytest.approx(1, abs=0.1)  # patches of unit variance
+
+
+@pytest.mark.parametrize("row", ["noise_target", "pool", "noise_level_tokens", "mask_token_width"])
+def test_each_row_stands_alone(row):
+    """It trains, and differs from the release."""
+    imgs = torch.randn(4, 3, 32, 32)
+    losses = []
+    for parts in (Parts(), Parts(**{row: getattr(PAPER, row)})):
+        torch.manual_seed(3)
+        model = small_mae(parts=parts)
+        torch.manual_seed(3)
+        losses.append(total_loss(model(imgs, 0.5), parse()))
+        losses[-1]["loss"].backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert losses[0]["loss"] != losses[1]["loss"]
+
+
+def head(rank: int | None = None) -> torch.nn.Module:
+    torch.manual_seed(1)
+    return projection_head(16, PAPER).double()
+
+
+def batch() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return 3 + torch.randn(24, 16, generator=generator, dtype=torch.float64)
+
+
+def step(model: torch.nn.Module, x: torch.Tensor) -> None:
+    (model(x) ** 3).mean().backward()
+
+
+def train_a_share(rank: int, out: str) -> None:
+    model = DistributedDataParallel(head())
+    for _ in range(2):
+        step(model, batch()[rank::2])
+    found = [p.grad for p in model.parameters()] + list(model.buffers())
+    torch.save(found, f"{out}/{rank}.pth")
+
+
+def test_batchnorm_of_two_processes_trains_as_one(tmp_path):
+    """Gradients, and the running statistics that evaluation uses."""
+    in_processes(train_a_share, 2, str(tmp_path))
+    model = head()
+    for _ in range(2):
+        step(model, batch())
+    expected = [p.grad for p in model.parameters()] + list(model.buffers())
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pth")
+        for tensor, value in zip(found, expected, strict=True):
+            torch.testing.assert_close(tensor, value, rtol=1e-9, atol=1e-12)
+
+
+def test_batchnorm_in_half_precision_computes_in_float32():
+    norm, x = GlobalBatchNorm(8), 1000 + torch.randn(64, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = norm(x)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.std(0, unbiased=False), torch.ones(8), rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_of_the_paper_s_recipe_from_start_to_probe(photos_run, tmp_path, capsys):
+    flags = [*photos_run, *NANO, "--recipe", "paper", "--epochs", 2, "--warmup_epochs", 1]
+    assert run_main(main_pretrain, *flags) == 0
+    out = capsys.readouterr().out
+    assert "recipe paper: norm_pix_loss True, noise_target normalised, " in out
+    assert "objective: CAN = 0.67 reconstruction + 0.3 noise + 0.03 contrastive" in out
+    assert 0.8 < log_of(tmp_path / "out")[0]["train_noise_zero"] < 1.1
+    state = state_of(tmp_path / "out")
+    model = model_from_checkpoint(state, "x")
+    assert model.parts == Parts.of(RECIPES["paper"] | {"projection_dim": 32})
+    again = [*flags, "--resume", "auto", "--epochs", 3]
+    assert run_main(main_pretrain, *again) == 0
+    assert run_main(main_pretrain, *again, "--pool", "cls") == 1
+    assert "--pool is 'patches' there, 'cls' here" in the_error(capsys.readouterr().err)
+    probe = [str(word).removeprefix("mae_") for word in photos_run]
+    probe = [*probe, "--model", "vit_nano_patch4", "--output_dir", "", "--epochs", 1]
+    assert run_main(main_linprobe, *probe, "--finetune", tmp_path / "out/checkpoint-last.pth") == 0
+
+
+def test_checkpoints_older_than_recipes_are_the_release_s(photos_run, tmp_path, capsys):
+    flags = [*photos_run, "--model", "mae_vit_nano_patch4", "--epochs", 1]
+    assert run_main(main_pretrain, *flags) == 0
+    state = state_of(tmp_path / "out")
+    for name in ("recipe", *RECIPES["release"]):
+        if name not in ("norm_pix_loss", "weight_noise"):
+            del state["args"][name]
+    checkpoint.save(state, tmp_path / "out" / checkpoint.LAST)
+    again = [*flags, "--epochs", 2, "--resume", "auto"]
+    assert run_main(main_pretrain, *again) == 0
+    assert run_main(main_pretrain, *again, "--epochs", 3, "--recipe", "paper") == 1
+    assert "of another experiment" in the_error(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--recipe mine", "'mine'"),
+        ("--crop_scale 0.9 0.2", "--crop_scale 0.9 0.2: the first is larger"),
+        ("--crop_scale 0 1", "0 is outside (0, 1]"),
+        ("--projection_layers 0", "0 is outside [1, 8]"),
+        ("--jitter_strength 3", "3 is outside [0, 2.5]"),
+        ("--temperature 0", "0 is outside (0, inf)"),
+    ],
+)
+def test_bad_values_are_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as status:
+        parse(*flags.split())
+    assert status.value.code == 2
+    assert words in the_error(capsys.readouterr().err)

@@ -1,0 +1,68 @@
+"""`argparse` with errors of one line, types that are ranges, and defaults worth showing."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that are values; a help text says what the others resolve to."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.required or action.nargs == 0 or action.default in (None, "", []):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse` with one-line errors, and a `check` of flags that depend on each other.
+
+    Args:
+        check: called with the parsed namespace; fills in derived defaults, and raises ValueError
+            with the line to show. The process then exits with status 2, as for any bad flag.
+    """
+
+    def __init__(self, check: Callable[[argparse.Namespace], None] | None = None, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        self.check = check
+
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        if self.check is not None:
+            try:
+                self.check(parsed)
+            except ValueError as error:
+                self.error(str(error))
+        return parsed
+
+    def error(self, message: str):
+        if os.environ.get("RANK", "0") == "0":  # all ranks parse the same flags
+            message = message.replace("\n", "\\n")  # file names may hold some
+            print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind: type, low: float, high: float = math.inf, ends: str = "[)") -> Callable:
+    """An argparse type: an int or float between low and high; `ends` as in [low, high)."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            word = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
+        above = low <= value if ends[0] == "[" else low < value
+        below = value <= high if ends[1] == "]" else value < high
+        if not (above and below):  # refuses NaN too, which compares false with everything
+            span = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
+            raise argparse.ArgumentTypeError(f"{text} is outside {span}")
+        return value
+
+    return parse
+
+
+COUNT, POSITIVE = number(int, 0), number(int, 1)
+AMOUNT, SHARE = number(float, 0), number(float, 0, 1, "[]")
+BELOW_1, ABOVE_0 = number(float, 0, 1), number(float, 0, ends="()")
