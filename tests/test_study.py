@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from conftest import ROOT, fill, python
 
 import model_mae
 from model_mae import MaskedAutoencoderViT
+from util.args import pretrain_parser
 
 sys.path.insert(0, str(ROOT / "benchmarks/study"))
 import noise
 import study
+import sweeps
 import tables
 from analysis import effective_rank
 from flops import forward_flops
@@ -112,11 +115,32 @@ def test_differences_are_marked_beyond_two_and_three_errors(change, shown, capsy
 
 def test_epochs_of_equal_flops():
     """At the study's size CAN's 20 epochs are MAE's 33 and SimCLR's 12, within 2 %."""
-    epochs = {run.name: study.equal_flops_epochs(run, 20, "nano_patch4") for run in study.METHODS}
+    epochs = {run.name: study.equal_flops_epochs(run, 20, "nano_patch4") for run in sweeps.METHODS}
     assert epochs["can"] == epochs["mae"] == epochs["simclr"] == 20
     for name, objective in (("mae-equal-flops", "MAE"), ("simclr-equal-flops", "SimCLR")):
         can, other = (forward_flops("mae_vit_nano_patch4", o, 32) for o in ("CAN", objective))
         assert epochs[name] * other == pytest.approx(20 * can, rel=0.02)
+
+
+def test_each_method_has_as_many_runs_to_choose_from():
+    names = [run.name for run in sweeps.RECIPES]
+    assert len(set(names)) == len(names) == 36
+    assert [sum(n.startswith(m) for n in names) for m in ("can-", "mae-", "simclr-")] == [12] * 3
+    for run in sweeps.RECIPES:  # flags that main_pretrain.py takes, as study.py gives them
+        pretrain_parser().parse_args(
+            ["--data_path", "x", *study.PRETRAIN.split(), *run.flags.split()]
+        )
+
+
+def test_recipes_are_chosen_by_training_images(photos, tmp_path):
+    flags = ["--data_path", str(photos), "--work_dir", str(tmp_path), "--what", "recipes"]
+    args = study.get_args_parser().parse_args([*flags, "--images", "32", "--test_images", "16"])
+    folder = Path(study.prepare(args)["100"])
+    names = {s: sorted(p.resolve() for p in (folder / s).rglob("*.jpg")) for s in ("train", "val")}
+    assert sorted(names["train"] + names["val"]) == sorted(
+        p.resolve() for p in (photos / "train").rglob("*.jpg")
+    )
+    assert (len(names["train"]), len(names["val"])) == (32, 16)
 
 
 def test_effective_rank():
@@ -143,12 +167,12 @@ def test_results_are_the_tables_of_the_logs(capsys):
 
 def test_the_documents_numbers_are_the_logs():
     readme = "".join((ROOT / name).read_text() for name in ("README.md", "PRETRAIN.md"))
-    logs = tables.read(study.LOGS / "methods", study.METHODS)
+    logs = tables.read(study.LOGS / "methods", sweeps.METHODS)
     for name, records in logs.items():
         if "probe" in records[0]:
             values = tables.accuracies(records)["probe pooled-100"]
             assert tables.written(values).replace("± 0.", "± .") in readme, name
-    logs |= tables.read(study.LOGS / "ablations", study.ABLATIONS)
+    logs |= tables.read(study.LOGS / "ablations", sweeps.ABLATIONS)
     for name in ("can", "simclr", "norm-pix"):
         values = tables.accuracies(logs[name])["probe pooled-100"]
         assert ", ".join(f"{value:.1f}" for value in values) in readme

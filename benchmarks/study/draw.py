@@ -14,7 +14,8 @@ import paths
 import torch
 from flops import forward_flops
 from sklearn.manifold import TSNE
-from study import METHODS, SIDE, data_folder
+from study import SIDE, data_folder
+from sweeps import METHODS
 from tables import TERMS, Logs, accuracies, get_args_parser, is_trained, mean, read
 
 from model_mae import MaskedAutoencoderViT, model_from_checkpoint

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import paths
@@ -30,6 +29,7 @@ import torch
 import torchvision
 from common import ROOT, describe_machine
 from flops import forward_flops
+from sweeps import HELD_OUT, IMAGES, SHARES, SWEEPS, Run
 from torch.utils.data import DataLoader
 
 from model_vit import build_probe
@@ -46,7 +46,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as the 
 SIDE = 32  # of the images, in pixels
 PRETRAIN = "--blr 2e-3 --warmup_epochs 2 --blur_prob 0"
 SUPERVISED = "--blr 2e-3 --warmup_epochs 2 --aa '' --reprob 0 --drop_path 0 --layer_decay 1"
-SHARES = {"100": 1.0, "10": 0.1, "1": 0.01}  # of the labels, in percent
 # Settled on a random encoder and a tenth of the training images held out, before any run.
 PROBE = {
     "100": "--blr 50 --epochs 50 --warmup_epochs 5",
@@ -58,68 +57,6 @@ POOLS = {"cls": "--cls_token", "pooled": "--global_pool"}
 DIGITS = 5  # that logs keep
 
 
-class Run(NamedTuple):
-    """A pretraining, and how it is probed.
-
-    Args:
-        name: of its log, beside the seed.
-        flags: main_pretrain.py's; None for no pretraining.
-        flops: the objective whose forward pass counts, to train as long as CAN in these; None to
-            train as many epochs.
-        variant: what `variants.py` changes in the model, which no flag does.
-        processes: that share the batch.
-        shares: of the labels that linear probes get, as in `SHARES`.
-        supervised: no pretraining, but fine-tuning from random weights.
-    """
-
-    name: str
-    flags: str | None = ""
-    flops: str | None = None
-    variant: str | None = None
-    processes: int = 1
-    shares: tuple[str, ...] = ("100",)
-    supervised: bool = False
-
-
-ALL = tuple(SHARES)
-NO_CONTRAST = "--weight_mae 1 --weight_simclr 0"
-NO_RECONSTRUCTION = "--weight_mae 0 --weight_simclr 1"
-METHODS = [
-    Run("can", shares=ALL),
-    Run("mae", NO_CONTRAST, shares=ALL),
-    Run("simclr", NO_RECONSTRUCTION, shares=ALL),
-    Run("can-without-noise", "--no_noise_loss", shares=ALL),
-    Run("can-noise-as-augmentation", "--weight_noise 0", shares=ALL),
-    Run("random", None, shares=ALL),
-    Run("supervised", None, supervised=True),
-    Run("mae-equal-flops", NO_CONTRAST, "MAE", shares=ALL),
-    Run("simclr-equal-flops", NO_RECONSTRUCTION, "SimCLR", shares=ALL),
-]
-# Each differs in one thing from METHODS' can; the first in none, noise-strong in all of noise. The
-# last two are what the others led to: the better ones together, and MAE with normalised targets.
-ABLATIONS = [
-    Run("again"),
-    *(Run(f"mask-{ratio}", f"--mask_ratio {ratio}") for ratio in (0.25, 0.75)),
-    *(Run(f"std-{std}", f"--std {std}") for std in (0, 0.1, 0.25)),
-    *(Run(f"simclr-{w}", f"--weight_simclr {w}") for w in (0.01, 0.1, 0.3)),
-    Run("simclr-0", "--weight_simclr 0 --noise_loss --mask_ratio 0.5"),
-    Run("local-negatives", "--local_negatives", processes=2),
-    Run("no-noise", "--no_noise_loss --weight_mae 0.679"),  # what reconstruction weighs with noise
-    Run("level-unscaled", variant="level=unscaled"),
-    Run("level-none", variant="level=none"),
-    Run("target-unit", variant="target=unit"),
-    Run("target-patch", variant="target=patch"),
-    Run("noise-strong", "--std 0.25 --weight_noise 0.9", variant="target=unit"),
-    Run("no-noise-strong", "--no_noise_loss --weight_mae 0.097"),  # what it weighs in noise-strong
-    *(Run(f"pool-{tokens}", f"--pool {tokens}") for tokens in ("patches", "cls")),
-    Run("norm-pix", "--norm_pix_loss"),
-    *(Run(f"head-{depth}", f"--projection_layers {depth}") for depth in (1, 3)),
-    *(Run(f"warmup-{epochs}", f"--warmup_epochs {epochs}") for epochs in (0, 5)),
-    Run("simclr-0.1-norm-pix", "--weight_simclr 0.1 --norm_pix_loss"),
-    Run("mae-norm-pix-equal-flops", f"{NO_CONTRAST} --norm_pix_loss", "MAE"),
-]
-
-
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=HelpFormatter
@@ -128,12 +65,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_path", required=True, help="a folder with train/, val/; or cifar10")
     parser.add_argument("--work_dir", type=Path, default=Path("study"), help="data, checkpoints")
     parser.add_argument("--log_dir", type=Path, default=LOGS, help="folder of the runs' logs")
-    parser.add_argument("--what", choices=("methods", "ablations"), default="methods")
+    parser.add_argument("--what", choices=SWEEPS, default="methods")
     parser.add_argument("--only", nargs="*", help="names of runs, if not all")
     parser.add_argument("--size", choices=SIZES, default="nano_patch4", help="model size")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="such as 0-2")
-    parser.add_argument("--images", type=positive, default=10_000, help="to train on")
-    parser.add_argument("--test_images", type=positive, default=5_000)
+    parser.add_argument("--images", type=positive, help="to train on; default: the sweep's")
+    parser.add_argument("--test_images", type=positive, help="default: the sweep's")
     parser.add_argument("--epochs", type=positive, default=20, help="CAN's")
     parser.add_argument("--batch_size", type=positive, default=256, help="over all processes")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
@@ -142,7 +79,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def prepare(args: argparse.Namespace) -> dict[str, str]:
-    """Folders of links with the first images of every class, by share of the labels."""
+    """Folders of links with the first images of every class, by share of the labels.
+
+    Where training images are held out to choose by, these are the next ones of each class.
+    """
     source = Path(args.data_path)
     if args.data_path == "cifar10":
         source = args.work_dir / "cifar10"
@@ -153,22 +93,34 @@ def prepare(args: argparse.Namespace) -> dict[str, str]:
                 if not file.exists():
                     file.parent.mkdir(parents=True, exist_ok=True)
                     data[index][0].save(file)
-    folders = {}
+    held_out, folders = args.what in HELD_OUT, {}
     for share, part in SHARES.items():
-        folders[share] = data_folder(args.work_dir, args.images, args.test_images, share)
-        for split, count in (("train", part * args.images), ("val", args.test_images)):
-            classes = sorted(folder for folder in (source / split).iterdir() if folder.is_dir())
-            for folder in classes:
-                links = folders[share] / split / folder.name
-                links.mkdir(parents=True, exist_ok=True)
-                for file in sorted(folder.iterdir())[: round(count / len(classes))]:
-                    if not (links / file.name).exists():
-                        (links / file.name).symlink_to(file.resolve())
+        folders[share] = data_folder(args.work_dir, args.images, args.test_images, share, held_out)
+        first = args.images if held_out else 0
+        for split, part_of, begin, count in (
+            ("train", "train", 0, part * args.images),
+            ("val", "train" if held_out else "val", first, args.test_images),
+        ):
+            link_images(source / part_of, folders[share] / split, begin, count)
     return {share: str(folder) for share, folder in folders.items()}
 
 
-def data_folder(work_dir: Path, images: int, test_images: int, share: str = "100") -> Path:
-    return work_dir / f"{images}-{test_images}-{share}"
+def link_images(source: Path, target: Path, begin: int, count: float) -> None:
+    """Links `count` images of class folders from the `begin`-th on, as many of each class."""
+    classes = sorted(folder for folder in source.iterdir() if folder.is_dir())
+    begin, end = (round(place / len(classes)) for place in (begin, begin + count))
+    for folder in classes:
+        links = target / folder.name
+        links.mkdir(parents=True, exist_ok=True)
+        for file in sorted(folder.iterdir())[begin:end]:
+            if not (links / file.name).exists():
+                (links / file.name).symlink_to(file.resolve())
+
+
+def data_folder(
+    work_dir: Path, images: int, test_images: int, share: str = "100", held_out: bool = False
+) -> Path:
+    return work_dir / f"{images}-{test_images}-{share}{'-held-out' * held_out}"
 
 
 def equal_flops_epochs(run: Run, epochs: int, size: str) -> int:
@@ -181,13 +133,14 @@ def equal_flops_epochs(run: Run, epochs: int, size: str) -> int:
 
 def settings(run: Run, args: argparse.Namespace) -> dict[str, int | str]:
     """What else tells two runs of a name and seed apart."""
-    return {
+    found = {
         "size": args.size,
         "epochs": equal_flops_epochs(run, args.epochs, args.size),
         "images": args.images,
         "test_images": args.test_images,
         "batch_size": args.batch_size,
     }
+    return found | ({"held_out": True} if args.what in HELD_OUT else {})
 
 
 class Launcher:
@@ -251,9 +204,9 @@ def is_done(run: Run, seed: int, args: argparse.Namespace) -> bool:
         return False
     kept = json.loads(log.read_text())
     for name, value in settings(run, args).items():
-        if kept[name] != value:
+        if kept.get(name) != value:
             sys.exit(
-                f"study.py: error: {log} has {name} {kept[name]}, not {value}: give another"
+                f"study.py: error: {log} has {name} {kept.get(name)}, not {value}: give another"
                 " --log_dir and --work_dir, or the settings it has"
             )
     return True
@@ -321,8 +274,10 @@ def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str
 
 
 def main(args: argparse.Namespace) -> None:
+    images, test_images = IMAGES[args.what]
+    args.images, args.test_images = args.images or images, args.test_images or test_images
     data = prepare(args)
-    runs = METHODS if args.what == "methods" else ABLATIONS
+    runs = SWEEPS[args.what]
     wanted = [
         (run, seed)
         for seed in args.seeds

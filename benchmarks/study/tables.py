@@ -22,7 +22,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from study import ABLATIONS, LOGS, METHODS, POOLS, Run
+from study import LOGS, POOLS
+from sweeps import ABLATIONS, METHODS, Run
 
 TERMS = ("reconstruction", "noise", "contrastive")
 MAIN_READOUTS = ("probe cls-100", "probe pooled-100", "kNN cls", "kNN pooled")
