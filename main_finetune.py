@@ -18,10 +18,11 @@ from util.data.loader import train_loader
 from util.data.order import SeededDataset
 from util.datasets import build_transform
 from util.lr_decay import param_groups_lrd
-from util.run.launch import launch
+from util.run.launch import launch, session
 from util.run.training import Training
 
 
+@session
 def main(args: argparse.Namespace) -> None:
     train_transform = build_transform(True, args)
     task = set_up(args, build_model)

@@ -19,12 +19,13 @@ from util.data.order import SeededDataset
 from util.data.transforms import probe_transform
 from util.features import encode, encoder_knn
 from util.lars import LARS
-from util.run.launch import launch
+from util.run.launch import launch, session
 from util.run.training import Training
 
 logger = logging.getLogger(__name__)
 
 
+@session
 def main(args: argparse.Namespace) -> None:
     task = set_up(args, build_probe)
     model, precision, device = task.model, task.precision, task.precision.device

@@ -26,7 +26,7 @@ from util.distributed import from_rank_zero, init_distributed_mode, is_main_proc
 from util.features import encoder_knn
 from util.misc import seed_all
 from util.precision import Precision
-from util.run.launch import launch
+from util.run.launch import launch, session
 from util.run.logs import describe_run, log_to_console
 from util.run.run import Run
 from util.run.training import Training
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 NO_DECAY = ("cls_token", "mask_token")  # besides biases and norms; positions are fixed
 
 
+@session
 def main(args: Namespace) -> None:
     device = init_distributed_mode(args)
     log_to_console()

@@ -109,9 +109,9 @@ def hang_in_evaluation() -> None:
 
 def impatient() -> None:
     """Time limits of seconds, where a run has minutes."""
-    from util import distributed
+    from util import distributed, meeting
 
-    distributed.JOIN_TIMEOUT = distributed.STEP_TIMEOUT = datetime.timedelta(seconds=4)
+    meeting.JOIN_TIMEOUT = distributed.STEP_TIMEOUT = datetime.timedelta(seconds=4)
 
 
 def no_more_saving() -> None:

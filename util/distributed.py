@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from util.errors import UserError
+from util.meeting import meet, place
 
 T = TypeVar("T")
 
 _host_group: dist.ProcessGroup | None = None
 _patient_group: dist.ProcessGroup | None = None  # for `from_rank_zero`
-JOIN_TIMEOUT = datetime.timedelta(minutes=15)  # from the first process's start to the last's
 STEP_TIMEOUT = datetime.timedelta(minutes=10)  # a process that is later than this has hung
 RANK_ZERO_TIMEOUT = datetime.timedelta(hours=12)  # it may list a million files, or download them
 
@@ -30,27 +30,6 @@ def get_world_size() -> int:
 
 def is_main_process() -> bool:
     return get_rank() == 0
-
-
-def _place(args: argparse.Namespace) -> tuple[int, int, int]:
-    """Rank, rank on this machine and world size, from the launcher if there is one, else flags."""
-    env = os.environ
-    if args.dist_on_itp:
-        prefix = "OMPI_COMM_WORLD_"
-        names = [prefix + "RANK", prefix + "LOCAL_RANK", prefix + "SIZE"]
-    elif "RANK" in env and "WORLD_SIZE" in env:  # torchrun, torch.distributed.launch
-        names = ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
-    elif "SLURM_STEP_NUM_TASKS" in env:  # srun; absent in the batch script itself
-        names = ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"]
-    else:
-        rank = max(args.local_rank, 0)
-        return rank, rank, args.world_size
-    fallback = {names[1]: str(max(args.local_rank, 0))}
-    try:
-        rank, local_rank, world_size = (int((fallback | dict(env))[name]) for name in names)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"the launcher's environment is incomplete: {error}") from None
-    return rank, local_rank, world_size
 
 
 def choose_device(name: str | None, local_rank: int) -> torch.device:
@@ -85,38 +64,14 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
         UserError: no such GPU, or the processes cannot meet at dist_url.
     """
     global _host_group, _patient_group
-    rank, local_rank, world_size = _place(args)
+    rank, local_rank, world_size = place(args)
     device = choose_device(args.device, local_rank)
-    store = _meet(args, rank, world_size)
+    store = meet(args, rank, world_size)
     group = {"store": store, "rank": rank, "world_size": world_size, "timeout": STEP_TIMEOUT}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **group)
     _host_group = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
     _patient_group = dist.new_group(backend="gloo", timeout=RANK_ZERO_TIMEOUT)
     return device
-
-
-def _meet(args: argparse.Namespace, rank: int, world_size: int) -> dist.Store:
-    """Waits for the other processes; returns the store that all of them share."""
-    # Under torchrun the processes use the launcher's store. Before torch 2.14, tcp:// would connect
-    # to the url's port instead, where there is none.
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    url = "env://" if agent and not args.dist_on_itp else args.dist_url
-    try:
-        if world_size == 1:
-            store = dist.HashStore()
-        else:
-            store, _, _ = next(dist.rendezvous(url, rank, world_size, timeout=JOIN_TIMEOUT))
-        # The store of a single torchrun outlives its restarts, with the addresses of processes
-        # that died. Several torchruns make a new one each time, and may count restarts differently.
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        # A launcher's store exists before the processes do, and nccl does not wait for them.
-        store.set(f"here/{rank}", "")
-        store.wait([f"here/{other}" for other in range(world_size)], JOIN_TIMEOUT)
-    except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: the network's, port in use
-        line = str(error).splitlines()[0]
-        raise UserError(f"--dist_url {args.dist_url}: the processes cannot meet: {line}") from None
-    return store
 
 
 def host_group() -> dist.ProcessGroup:

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import logging
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from util.data.order import EpochSampler, EvalSampler
 from util.distributed import from_rank_zero, get_world_size, host_group
 from util.errors import STOP_SIGNALS, UserError
+from util.parents import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ class DeviceLoader(DataLoader):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=args.pin_mem and device.type == "cuda",
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_begin_worker,
             collate_fn=partial(_finished_batch, finish, device) if on_host else None,
         )
         self.output_dir = args.output_dir
@@ -143,10 +146,13 @@ def eval_loader(
     return DeviceLoader(dataset, EvalSampler(dataset, share), args, device, **options)
 
 
-def _ignore_signals(_worker: int) -> None:
-    """Loader processes ignore stop signals; their parent ends them."""
+def _begin_worker(_worker: int) -> None:
+    """Loader processes ignore stop signals; they end with their parent, however it ends."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
+    if not multiprocessing.parent_process().is_alive():
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def warn_of(bad: dict[str, str]) -> None:

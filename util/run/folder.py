@@ -9,6 +9,7 @@ from pathlib import Path
 from util.data.file_list import write_lists
 from util.data.loader import BAD_LIST
 from util.errors import UserError
+from util.run.lock import lock_folder
 
 CHECKPOINTS = "checkpoint-*.pth"
 LOG = "log.txt"
@@ -16,43 +17,54 @@ LOG = "log.txt"
 LEFT_BEHIND = (CHECKPOINTS, LOG, "events.out.tfevents.*", BAD_LIST)
 
 
-def check_folder(args: argparse.Namespace) -> None:
-    """Refuses, before anything is written, to mix or remove runs by accident.
+def claim_folder(args: argparse.Namespace) -> None:
+    """Makes and locks the run's folders, and refuses to mix or remove runs by accident.
+
+    Folders that it made are removed again if the run ends before it writes to them.
 
     Raises:
-        UserError: output_dir holds a run that the flags neither resume nor replace, or --overwrite
-            would remove the weights to start from.
+        UserError: a folder cannot be made or written, another run writes to it, it holds a run that
+            the flags neither resume nor replace, or --overwrite would remove the weights to start
+            from.
     """
-    writes_nothing = vars(args).get("eval") or vars(args).get("knn")
-    if not args.output_dir or writes_nothing or _is_resumed(args):
+    if vars(args).get("eval") or vars(args).get("knn"):  # they write nothing
         return
-    folder = Path(args.output_dir)
+    folders = [Path(name) for name in dict.fromkeys((args.output_dir, args.log_dir)) if name]
+    for folder in folders:  # all, before one is made
+        _check_writable(folder)
+    for folder in folders:
+        lock_folder(folder)
+    if not args.output_dir or _is_resumed(args):
+        return
+    folder = folders[0]
     if args.overwrite:
         source = getattr(args, "finetune", "")
         if source and _is_in(source, folder):
             raise UserError(f"--overwrite would remove --finetune {source}")
         return
-    try:
-        # A run that ended within its first epoch leaves an empty log, and nothing to lose.
-        log = folder / LOG
-        found = any(folder.glob(CHECKPOINTS)) or (log.exists() and log.stat().st_size > 0)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: {error.strerror}") from None
-    if found:
+    # A run that ended within its first epoch leaves an empty log, and nothing to lose.
+    log = folder / LOG
+    if any(folder.glob(CHECKPOINTS)) or (log.exists() and log.stat().st_size > 0):
         raise UserError(
             f"--output_dir {folder} holds a run: --resume auto continues it, --overwrite removes it"
         )
 
 
+def _check_writable(folder: Path) -> None:
+    there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), None)
+    if there is not None and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        why = "no permission" if there.is_dir() else "is a file"
+        raise UserError(f"cannot write to the folder {folder}: {there}: {why}")
+
+
 def open_folder(args: argparse.Namespace, epoch: int) -> None:
-    """Makes the run's folders; with --overwrite, removes the run that output_dir holds.
+    """Prepares output_dir for a run: with --overwrite, removes the run that it holds.
 
     Removes from log.txt what a resumed run will log again: the lines from `epoch` on.
 
     Raises:
-        UserError: a folder or file cannot be made, written or removed.
+        UserError: a file cannot be written or removed.
     """
-    _make_folders(args.output_dir, args.log_dir)
     if not args.output_dir:
         return
     folder = Path(args.output_dir)
@@ -75,21 +87,6 @@ def _is_resumed(args: argparse.Namespace) -> bool:
 
 def _is_in(file: str, folder: Path) -> bool:
     return os.path.dirname(os.path.realpath(file)) == os.path.realpath(folder)
-
-
-def _make_folders(*folders: str) -> None:
-    for folder in filter(None, folders):  # checks all before it makes one
-        there = next((p for p in [Path(folder), *Path(folder).parents] if os.path.lexists(p)), None)
-        if there is not None and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            why = "no permission" if there.is_dir() else "is a file"
-            raise UserError(f"cannot write to the folder {folder}: {there}: {why}")
-    for folder in filter(None, folders):
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            (Path(folder) / ".writable").touch()
-            (Path(folder) / ".writable").unlink()
-        except OSError as error:
-            raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from None
 
 
 def _cut_log(path: Path, epoch: int) -> None:

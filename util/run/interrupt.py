@@ -76,9 +76,21 @@ class Interrupts:
         self._late = self._pending is not None
 
 
+_before: dict[int, Any] = {}  # handlers, by signal
+
+
 def _handle(number: int, handler: Callable) -> None:
-    if threading.current_thread() is threading.main_thread():  # no other may
+    ignored = signal.getsignal(number) is signal.SIG_IGN  # by nohup, or a shell's &
+    if threading.current_thread() is threading.main_thread() and not ignored:  # no other may
+        _before.setdefault(number, signal.getsignal(number))
         signal.signal(number, handler)
+
+
+def restore_handlers() -> None:
+    """Undoes what `Interrupts` did to this process."""
+    if threading.current_thread() is threading.main_thread():
+        while _before:
+            signal.signal(*_before.popitem())
 
 
 def _stop_at_once(number: int, _frame: object) -> None:

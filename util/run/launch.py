@@ -1,6 +1,6 @@
 """How a script ends: with status 0, with one line for the user, or on a signal."""
 
-import argparse
+import functools
 import logging
 import multiprocessing
 import os
@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from argparse import Namespace
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,9 @@ import torch.distributed as dist
 
 from util.distributed import get_rank, get_world_size
 from util.errors import STOP_SIGNALS, Stopped, UserError
+from util.parents import end_with_launcher
+from util.run.interrupt import restore_handlers
+from util.run.lock import release_locks
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +27,41 @@ PEER_LOST = "another process of this run died or hung, see its own messages"
 RANK_ZERO_FIRST = 1.0  # seconds: most errors are met by all ranks, and one line is enough
 
 
-def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+def session(main: Callable[[Namespace], None]) -> Callable[[Namespace], None]:
+    """For a script's `main`: leaves its flags as they are, and tears down what it set up.
+
+    So it can be called again in the same Python process, as in a notebook. Where one process of
+    several fails, `launch` ends it instead: tearing down would wait for the others.
+    """
+
+    @functools.wraps(main)
+    def run(args: Namespace) -> None:
+        try:
+            main(Namespace(**vars(args)))
+        except BaseException:
+            if get_world_size() == 1:
+                tear_down()
+            raise
+        tear_down()
+
+    return run
+
+
+def tear_down() -> None:
+    """Ends loader processes and the process group, releases locks, restores signals."""
+    _end_loaders()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    release_locks()
+    restore_handlers()
+
+
+def launch(main: Callable[[Namespace], None], args: Namespace) -> None:
     """Runs a script to its end: exit status 0, or 1 after one line for the user.
 
     A process that fails ends at once, without waiting for the others; these notice and end too.
     """
+    end_with_launcher()
     try:
         try:
             main(args)
@@ -45,9 +79,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
             traceback.print_exc()
             _leave()
         finally:
-            _end_loaders()
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            tear_down()
     except Stopped as stopped:  # also one that comes while an error is handled
         after = " after saving; --resume auto continues from here" if stopped.saved else ""
         logger.info(f"stopped by {stopped}{after}")
@@ -90,6 +122,7 @@ def _leave() -> None:
     if get_world_size() == 1:
         sys.exit(1)
     _end_loaders()
+    release_locks()
     # Destroying the group would wait for the others; those waiting for us notice that we are gone.
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -20,8 +20,9 @@ from util.lr_sched import global_batch, scale_learning_rate
 from util.misc import MetricLogger
 from util.recipes import RECIPES
 from util.run.checkpoint import BEST, LAST, NUMBERED, load, save
-from util.run.folder import check_folder, open_folder
+from util.run.folder import claim_folder, open_folder
 from util.run.interrupt import Interrupts
+from util.run.lock import beat
 from util.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace):
-        from_rank_zero(lambda: check_folder(args))
+        from_rank_zero(lambda: claim_folder(args))
         self.args, self._given_accum_iter = args, args.accum_iter
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.epoch, self.step, self.best = args.start_epoch, 0, -math.inf
@@ -154,6 +155,7 @@ class Run:
             Stopped: some rank got a signal; on all ranks, after saving.
         """
         number, due = self._interrupts.poll()
+        beat()
         if not (number or due):
             return
         if check is not None:
