@@ -3,6 +3,7 @@
 import argparse
 import os
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -89,11 +90,38 @@ def test_plain_timm_weights(suffix, tmp_path):
     assert_loaded(model, source.state_dict(), "head.")
 
 
-def test_names_left_by_wrappers():
+def test_names_left_by_wrappers(tmp_path):
     weights = pretrained().state_dict()
+    wrapped = {f"module._orig_mod.{k}": v for k, v in weights.items()}
+    torch.save({"model": wrapped}, tmp_path / "x.pth")
     model = downstream()
-    load_encoder(model, {f"module._orig_mod.{k}": v for k, v in weights.items()}, "x")
+    load_encoder(model, load(tmp_path / "x.pth")["model"], "x")
     assert_loaded(model, weights, "head.")
+
+
+def test_numpy_s_numbers_beside_the_tensors(tmp_path):
+    """As files have whose authors logged `best_acc` with NumPy."""
+    state = {"model": pretrained().state_dict(), "best": np.float64(1.5), "curve": np.arange(3.0)}
+    torch.save(state, tmp_path / "x.pth")
+    found = load(tmp_path / "x.pth")
+    assert found["best"] == 1.5
+    assert found["curve"].tolist() == [0, 1, 2]
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    torch.save({"model": pretrained().state_dict()}, tmp_path / "x.pth")
+    content = bytearray((tmp_path / "x.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged: .*data/\d+ does not have its checksum"):
+        load(tmp_path / "x.pth")
+
+
+def test_a_file_that_is_cut_short_says_so(tmp_path):
+    torch.save({"model": pretrained().state_dict()}, tmp_path / "x.pth")
+    os.truncate(tmp_path / "x.pth", 9999)
+    with pytest.raises(UserError, match=r"x\.pth: it is cut short, or damaged"):
+        load(tmp_path / "x.pth")
 
 
 def test_from_a_url_once(tmp_path, monkeypatch):

@@ -75,7 +75,6 @@ def encoder_part(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     """The encoder's tensors, and the number of tensors of each other part."""
     encoder, others = {}, {}
     for name, tensor in weights.items():
-        name = name.removeprefix("module.").removeprefix("_orig_mod.")  # left by DDP, compile
         for part, beginnings in OTHER_PARTS.items():
             if name.startswith(beginnings):
                 others[part] = others.get(part, 0) + 1

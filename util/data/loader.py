@@ -3,9 +3,13 @@
 import argparse
 import contextlib
 import logging
-import multiprocessing
+import multiprocessing.queues
 import os
+import re
+import resource
+import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 MOST_BAD = 0.01  # of a dataset's images may be unreadable; one always may
 BAD_LIST = "bad-images.txt"
+SHARED_MEMORY = Path("/dev/shm")
 
 _warned_of: set[str] = set()  # files
 
@@ -75,10 +80,24 @@ class DeviceLoader(DataLoader):
         self.device, self.finish = device, to_device if on_host or not finish else finish
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def _check_shared_memory(self) -> None:
+        """Raises UserError where loader processes would fill /dev/shm, through which batches go."""
+        sample = self.collate_fn([self.dataset[next(iter(self.sampler))]])
+        waiting = self.batch_size * self.prefetch_factor * self.num_workers
+        need = _size(sample) * waiting * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if SHARED_MEMORY.exists() and need > shutil.disk_usage(SHARED_MEMORY).free:
+            raise UserError(
+                f"--num_workers {self.num_workers}: loader processes put up to {need / 1e6:.0f} MB "
+                f"of batches into shared memory; {_shared_memory()}"
+            )
+
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        if self.num_workers:
+            self._check_shared_memory()
         try:
             batches = super().__iter__()
         except OSError as error:  # too many open files, no memory for another process
+            sys.unraisablehook = lambda _: None  # torch's loader, half made, complains at its end
             raise UserError(f"cannot start {self.num_workers} workers: {error.strerror}") from None
         for inputs, labels, *bad in batches:
             for names, reasons in bad:  # as `SeededDataset` has them
@@ -146,8 +165,41 @@ def eval_loader(
     return DeviceLoader(dataset, EvalSampler(dataset, share), args, device, **options)
 
 
+def explain(error: Exception) -> str | None:
+    """One line about loader processes that died or cannot be heard; None for other errors."""
+    text, (files, _) = str(error), resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = f"`ulimit -n` allows {files} open files"
+    if text.startswith("Too many open files"):
+        return f"too many open files for --num_workers and the rest of the run: {limit}"
+    if "out of shared memory" in text or "shared memory(shm)" in text:
+        return f"a loader process is out of shared memory: {_shared_memory()}"
+    if re.match("DataLoader worker .*(exited|killed)", text):  # else a dataset's own error
+        return f"{text.partition('. ')[0]}; {_shared_memory()}; {limit}"
+    return None
+
+
+def _shared_memory() -> str:
+    """What to do about too little of it."""
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else 0
+    return (
+        f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free: lower --num_workers, or give Docker "
+        "--ipc=host or a larger --shm-size"
+    )
+
+
+def _size(batch: Any) -> int:
+    """The bytes of all tensors in a batch."""
+    if isinstance(batch, Tensor):
+        return batch.nbytes
+    return sum(map(_size, batch)) if isinstance(batch, list | tuple) else 0
+
+
 def _begin_worker(_worker: int) -> None:
-    """Loader processes ignore stop signals; they end with their parent, however it ends."""
+    """Loader processes ignore stop signals; they end with their parent, however it ends.
+
+    One that cannot send a batch ends, too: the parent would wait for the batch forever.
+    """
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)

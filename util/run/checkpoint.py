@@ -1,5 +1,6 @@
 """Checkpoint files: written whole or not at all, read without running what is in them."""
 
+import _codecs
 import argparse
 import contextlib
 import hashlib
@@ -9,11 +10,13 @@ import pickle
 import re
 import socket
 import stat
+import zipfile
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -26,6 +29,16 @@ logger = logging.getLogger(__name__)
 LAST = "checkpoint-last.pth"
 BEST = "checkpoint-best.pth"
 NUMBERED = "checkpoint-{}.pth"  # by epoch
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)*")  # left in names by DDP and compile
+# What a checkpoint may hold besides tensors and plain types: the flags of MAE and the CAN release,
+# and numbers of NumPy's.
+ALLOWED = [argparse.Namespace, np.ndarray, np.dtype, _codecs.encode]
+ALLOWED += [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
+ALLOWED += [
+    (value.__reduce__()[0], f"numpy.{core}.multiarray.{name}")  # NumPy 2, NumPy 1
+    for value, name in ((np.float64(0), "scalar"), (np.zeros(0), "_reconstruct"))
+    for core in ("_core", "core")
+]
 DOWNLOAD_TIMEOUT = 60.0  # seconds without data
 HASH = re.compile(
     r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,})\."
@@ -98,8 +111,8 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return {"model": safetensors.torch.load_file(path)}
-        # The CAN release and MAE store their flags as a Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        _check_archive(path)
+        with torch.serialization.safe_globals(ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).replace("WeightsUnpickler error: ", "").strip().splitlines()
@@ -111,6 +124,19 @@ def _read(path: Path) -> Any:
         raise UserError(f"cannot read checkpoint {path}: {line}") from None
 
 
+def _check_archive(path: Path) -> None:
+    """Raises ValueError where a zip archive, as torch writes, is damaged; torch does not look."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # of an older torch
+            return
+    try:
+        damaged = zipfile.ZipFile(path).testzip()
+    except zipfile.BadZipFile:
+        raise ValueError("it is cut short, or damaged") from None
+    if damaged:
+        raise ValueError(f"it is damaged: {damaged} does not have its checksum")
+
+
 def _checked(state: Any, source: str | Path) -> dict[str, Any]:
     """The result of `load`, from a file's content."""
     if isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()):
@@ -119,6 +145,7 @@ def _checked(state: Any, source: str | Path) -> dict[str, Any]:
     pairs = model.items() if isinstance(model, dict) else [(None, None)]
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs):
         raise UserError(f"{source} holds no model: expected tensors by name, alone or as 'model'")
+    state["model"] = {WRAPPERS.sub("", name): tensor for name, tensor in model.items()}
     if isinstance(state.get("args"), argparse.Namespace):
         state["args"] = vars(state["args"])
     if not isinstance(state.get("args", {}), dict):

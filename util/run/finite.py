@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,14 @@ class FiniteCheck:
     Args:
         skips: how many steps in a row may be skipped.
         scaled: float16's loss scaling is on; it skips steps with infinite gradients by itself.
+        saved: says what the last checkpoint holds.
     Attributes:
         _in_a_row: steps that were not finite, by whether it was because of too large a loss scale.
         _pending: place, names, values of the step to read next, and when they are copied.
     """
 
-    def __init__(self, skips: int, scaled: bool):
-        self.skips, self.scaled = skips, scaled
+    def __init__(self, skips: int, scaled: bool, saved: Callable[[], str] = str):
+        self.skips, self.scaled, self.saved = skips, scaled, saved
         self._in_a_row = {True: 0, False: 0}
         self._pending: tuple[str, list[str], Tensor, torch.cuda.Event | None] | None = None
 
@@ -62,7 +64,7 @@ class FiniteCheck:
         """
         tensors = [t for t in model.state_dict().values() if t.is_floating_point()]
         if not mean_over_ranks(get_total_norm(tensors, foreach=True)).isfinite():
-            raise UserError(f"weights are not finite after {place}; they are not saved")
+            raise UserError(f"weights are not finite after {place}; {self.saved()}")
 
     def settle(self) -> bool:
         """Reads the pending step, if any; False if its update must be skipped.
@@ -85,7 +87,7 @@ class FiniteCheck:
         shown = dict.fromkeys([*bad, GRADIENT])
         line = ", ".join(f"{name} is {values[name]:.3g}" for name in shown) + f" at {place}"
         if self._in_a_row[overflow] > (OVERFLOWS if overflow else self.skips):
-            raise UserError(f"{line}; no weights that are not finite were saved")
+            raise UserError(f"{line}; {self.saved()}")
         if not overflow and is_main_process():
             skipped = f"{self._in_a_row[False]} in a row of {self.skips} allowed"
             logger.warning(f"warning: {line}; step skipped, {skipped}")

@@ -1,5 +1,6 @@
 """How a script ends: with status 0, with one line for the user, or on a signal."""
 
+import contextlib
 import functools
 import logging
 import multiprocessing
@@ -15,6 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from util.data.loader import explain
 from util.distributed import get_rank, get_world_size
 from util.errors import STOP_SIGNALS, Stopped, UserError
 from util.parents import end_with_launcher
@@ -72,6 +74,8 @@ def launch(main: Callable[[Namespace], None], args: Namespace) -> None:
         except Stopped:
             raise
         except Exception as error:
+            if line := explain(error):
+                _fail(line)
             if get_world_size() == 1:
                 raise
             if _is_of_a_peer(error):
@@ -105,7 +109,8 @@ def _fail(message: str) -> None:
         time.sleep(RANK_ZERO_FIRST)  # if rank 0 failed too, the launcher ends this process now
     # From a loader process the line arrives at the end of that process's traceback.
     message = message.rsplit("UserError: ", 1)[-1].strip().replace("\n", "\\n")
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a closed console
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
     _leave()
 
 

@@ -37,10 +37,22 @@ def log_to_console() -> None:
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s",
         datefmt="%H:%M:%S",
-        stream=sys.stdout,
+        handlers=[Console(sys.stdout)],
         force=True,
     )
     threading.excepthook = _excepthook
+
+
+class Console(logging.StreamHandler):
+    """Given up quietly when it is gone (`| head`, a closed terminal, a full disk)."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError | ValueError):
+            super().handleError(record)
+            return
+        with contextlib.suppress(OSError, ValueError):  # what is left to flush goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        self.setStream(open(os.devnull, "w"))  # noqa: SIM115 (for the rest of the run)
 
 
 def _excepthook(args: threading.ExceptHookArgs) -> None:
@@ -61,7 +73,7 @@ class RunLog:
         steps: of an epoch.
     Attributes:
         _path, _folder: log.txt and TensorBoard's folder; empty on other ranks.
-        _steps: of an epoch.
+        _steps, _offset: of an epoch; added to all, see `Run`.
         _writer, _purge_step: TensorBoard's, opened for the first point, which drops later ones.
     """
 
@@ -71,10 +83,11 @@ class RunLog:
         self._path = Path(args.output_dir, LOG) if args.output_dir and main else None
         self._folder = args.log_dir if main else ""
         self._writer: SummaryWriter | None = None
-        self._purge_step: int | None = run.epoch * steps + min(run.step + 1, steps)
+        self._offset = run.offset
+        self._purge_step: int | None = run.offset + run.epoch * steps + min(run.step + 1, steps)
 
     def add_window(self, values: dict[str, float], step: int) -> None:
-        """Adds a window's metrics to TensorBoard at a step counted from the run's beginning."""
+        """Adds a window's metrics to TensorBoard, at a step counted from the run's beginning."""
         tagged = {f"{'loss' if n in LOSSES else 'train'}/{n}": v for n, v in values.items()}
         self._scalars(tagged, step)
 
@@ -103,10 +116,11 @@ class RunLog:
 
     def add_image(self, name: str, image: Tensor, epoch: int) -> None:
         """Adds a uint8 image [3, H, W] to TensorBoard at the end of an epoch."""
-        step = (epoch + 1) * self._steps
+        step = self._offset + (epoch + 1) * self._steps
         self._write(lambda writer: writer.add_image(name, image, step))
 
     def _scalars(self, values: dict[str, float], step: int) -> None:
+        step += self._offset
         if values:
             self._write(lambda writer: [writer.add_scalar(n, v, step) for n, v in values.items()])
 
@@ -122,6 +136,9 @@ class RunLog:
         except OSError as error:
             self._writer = None  # it stops at its first error; the next one starts a new file
             logger.warning(f"warning: cannot write to {self._folder}: {error.strerror}")
+        except UnicodeError:  # LC_ALL=C, and a folder whose name is not ASCII
+            logger.warning(f"warning: no TensorBoard: its files' names cannot be {self._folder}")
+            self._folder = ""
 
     def close(self) -> None:
         if self._writer is not None:

@@ -1,6 +1,7 @@
 """One training run: what it resumes from, and when and what it saves."""
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -33,6 +34,17 @@ EXPERIMENT = (
     "seed", "model", "input_size", "weight_mae", "weight_simclr", "noise_loss", "mask_ratio", "std",
     "global_pool", "layer_decay", "cache_features",
 )  # fmt: skip
+# Flags that may differ at a resume without changing what is learnt.
+INDIFFERENT = (
+    "device", "num_workers", "pin_mem", "output_dir", "log_dir", "save_freq", "save_interval",
+    "keep_last", "resume", "overwrite", "start_epoch", "compile", "world_size", "local_rank",
+    "dist_on_itp", "dist_url", "eval", "dist_eval", "eval_freq", "grad_checkpointing",
+)  # fmt: skip
+SCHEDULE = "the learning rate follows the new schedule from here on"
+IMAGES = "the epoch continues at the same image, in steps of the new size"
+MEANING = dict.fromkeys(("epochs", "warmup_epochs", "lr", "blr", "min_lr"), SCHEDULE)
+MEANING |= {"batch_size": IMAGES, "accum_iter": IMAGES}
+MEANING["data_path"] = "the epoch continues at the same position, of what images are there now"
 # What loading a state of another kind or objective raises.
 MISFIT = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
 
@@ -49,11 +61,15 @@ class Run:
             start_epoch, resume; accum_iter and lr are resolved here, see `resolve`.
     Attributes:
         epoch, step: the current position.
+        offset: added to steps to place points in TensorBoard, where an epoch once had another
+            number of steps.
         best: the highest score so far.
         folder: of the checkpoints; None for none.
         _model, _states; _loader, _metrics: what is saved, registered by `resume` and `begin`.
         _resumed, _source: the checkpoint to resume, until all of it is loaded, and its path.
         _interrupts, _given_accum_iter: stop requests and the clock; the flag as it was given.
+        _steps: of an epoch.
+        _saved: the position of the last save.
     Raises:
         UserError: the folder holds another run, there is no such checkpoint, it is damaged, or with
             `--resume auto` of another experiment.
@@ -64,6 +80,7 @@ class Run:
         self.args, self._given_accum_iter = args, args.accum_iter
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.epoch, self.step, self.best = args.start_epoch, 0, -math.inf
+        self.offset, self._steps, self._saved = 0, 0, ""
         self._interrupts = Interrupts(60 * args.save_interval)
         self._model: nn.Module | None = None
         self._states: dict[str, Any] = {}
@@ -75,7 +92,10 @@ class Run:
         if resume == "auto" and not from_rank_zero(lambda: os.path.exists(self._source)):
             logger.info(f"no {self._source} yet: starting from the beginning")
         elif resume:
-            self._resumed = load(self._source)
+            try:
+                self._resumed = load(self._source)
+            except UserError as error:
+                raise UserError(f"{error}{self._others(resume)}") from None
             for name, least in LEAST.items():
                 value = self._resumed.get(name, least)
                 if not isinstance(value, int) or value < least:
@@ -83,6 +103,26 @@ class Run:
             if resume == "auto":
                 check_experiment(self._resumed, args, self._source)
         resolve(args, self._resumed)
+
+    def _others(self, resume: str) -> str:
+        """What else there is to resume where `--resume auto` found a checkpoint that is damaged."""
+        if resume != "auto":
+            return ""
+        for epoch in reversed(self._numbered()):
+            path = self.folder / NUMBERED.format(epoch)
+            with contextlib.suppress(UserError):
+                load(path)
+                return f"; {path} is good: --resume {path} continues from it"
+        return "; no numbered one is good either: --overwrite starts over"
+
+    def _numbered(self) -> list[int]:
+        """The epochs of the numbered checkpoints."""
+        names = [re.fullmatch(NUMBERED.format(r"(\d+)"), p.name) for p in self.folder.iterdir()]
+        return sorted(int(name[1]) for name in names if name)
+
+    def last_saved(self) -> str:
+        """What a run that ends now leaves."""
+        return f"{LAST} is of {self._saved}" if self._saved else "nothing has been saved yet"
 
     def resume(self, model: nn.Module, **states: Any) -> None:
         """Registers model and optimizer, and loads the checkpoint to resume, if any.
@@ -112,7 +152,11 @@ class Run:
         # In images: with another global batch, a step that they fill only in part is repeated.
         self.step = state.get("images", 0) // global_batch(self.args)
         self.best = state.get("best", self.best)
-        logger.info(f"resumed {path}: epoch {self.epoch}, step {self.step}")
+        self._saved = f"epoch {self.epoch}, step {self.step}"
+        logger.info(f"resumed {path}: {self._saved}")
+        tell_changes(state.get("args", {}), self.args)
+        if self.epoch >= (epochs := self.args.epochs):
+            logger.info(f"all {epochs} epochs are done; a larger --epochs trains longer")
 
     def begin(self, loader: DeviceLoader, metrics: MetricLogger, steps: int) -> None:
         """Registers what changes within an epoch, loads its state, if any, and opens the folder.
@@ -122,11 +166,13 @@ class Run:
         Raises:
             UserError: the checkpoint does not fit, or the folder cannot be written.
         """
-        self._loader, self._metrics = loader, metrics
+        self._loader, self._metrics, self._steps = loader, metrics, steps
         state, self._resumed = self._resumed, {}
         if self.step > steps:
             at = f"it is at step {self.step}, but an epoch has {steps}"
             raise UserError(f"{self._source} cannot be resumed: {at}")
+        position = self.epoch * steps + self.step
+        self.offset = state.get("logged_steps", position) - position
         here = ("image ", str(Path(self.args.data_path)))  # of other data they do not count
         names = map(str, state.get("bad_images", []))
         loader.remember_bad(name for name in names if name.startswith(here))
@@ -198,10 +244,12 @@ class Run:
         state |= {"args": vars(self.args), "given_accum_iter": self._given_accum_iter}
         state |= {"world_size": get_world_size(), "global_batch": global_batch(self.args)}
         state |= {"bad_images": sorted(self._loader.bad), "best": self.best}
+        state["logged_steps"] = self.offset + self.epoch * self._steps + self.step
         failed = []
         for name in names:
             try:
                 save(state, self.folder / name)
+                self._saved = f"epoch {self.epoch}, step {self.step}"
             except UserError as error:
                 failed.append(error)
         if failed and last_chance:
@@ -214,8 +262,7 @@ class Run:
     def _remove_old(self) -> None:
         """Removes numbered checkpoints but the newest; never any of later epochs than this."""
         try:
-            names = [re.fullmatch(NUMBERED.format(r"(\d+)"), p.name) for p in self.folder.iterdir()]
-            past = sorted(int(name[1]) for name in names if name and int(name[1]) < self.epoch)
+            past = [epoch for epoch in self._numbered() if epoch < self.epoch]
             for epoch in past[: -self.args.keep_last]:
                 (self.folder / NUMBERED.format(epoch)).unlink(missing_ok=True)
         except OSError as error:
@@ -260,6 +307,14 @@ def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: st
                 f"--resume auto: {source} is of another experiment: --{name} is {values[0]} there, "
                 f"{values[1]} here; give another --output_dir, or --resume {source}"
             )
+
+
+def tell_changes(before: dict[str, Any], args: argparse.Namespace) -> None:
+    """Prints which flags differ from those of the checkpoint, and what that means."""
+    for name, value in vars(args).items():
+        if name in before and before[name] != value and name not in INDIFFERENT:
+            meaning = MEANING.get(name, "it holds from here on")
+            logger.info(f"changed: --{name} was {before[name]}, is {value}: {meaning}")
 
 
 def load_state(part: Any, state: dict[str, Any]) -> None:

@@ -78,7 +78,8 @@ class Training:
         self.args, self.run, self.clip_grad = args, run, clip_grad
         self.steps = len(loader) // args.accum_iter
         self._metrics = MetricLogger()
-        self._finite = FiniteCheck(args.skip_nonfinite, precision.scaler.is_enabled())
+        scaled = precision.scaler.is_enabled()
+        self._finite = FiniteCheck(args.skip_nonfinite, scaled, run.last_saved)
         self._step: Step | None = None
         self._first, self._since = 0, 0.0
         run.begin(loader, self._metrics, self.steps)
