@@ -5,6 +5,8 @@ of a second. Each process calls some of the functions here before it runs the sc
 is to go wrong into it; the script has no hooks for that.
 """
 
+import contextlib
+import ctypes
 import datetime
 import multiprocessing
 import os
@@ -23,6 +25,7 @@ from conftest import free_port
 from util.run import checkpoint
 
 GONE = 60  # seconds in which a dead process must end all others
+CLONE_NEWNS = 0x20000  # Linux's
 
 server = multiprocessing.get_context("forkserver")
 
@@ -160,6 +163,22 @@ def enlarge_tmpfs() -> None:
     subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
 
 
+def small_shm(rank: int, size: str) -> None:
+    """One rank of several has a /dev/shm of its own, as a container has."""
+    if os.environ["RANK"] == str(rank):
+        if ctypes.CDLL(None).unshare(CLONE_NEWNS):
+            raise PermissionError("no namespace of mounts")
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"]
+        subprocess.run(["mount", *options], check=True)
+
+
+def fill_shm() -> None:
+    with contextlib.suppress(OSError), open("/dev/shm/other", "ab", buffering=0) as file:
+        while True:
+            file.write(bytes(2**16))
+
+
 def note_images(folder: str) -> None:
     """Writes down which images this process was asked for."""
     from util.data import order
@@ -207,11 +226,11 @@ class Fleet:
     """
 
     def __init__(
-        self, flags: list, folder: Path, ranks: int, patches=(), bare: bool = False, missing=0
+        self, flags: list, folder: Path, ranks: int, patches=(), bare=False, missing=0, **env: str
     ):
         folder.mkdir(exist_ok=True)
         self.stderr = [folder / f"rank{rank}.2" for rank in range(ranks - missing)]
-        port = str(free_port())
+        port = env.get("MASTER_PORT") or str(free_port())
         self.members = []
         for rank in range(ranks - missing):
             place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
@@ -220,7 +239,7 @@ class Fleet:
             if bare:
                 words += ["--dist_url", f"tcp://localhost:{port}"]
                 words += ["--world_size", str(ranks), "--local_rank", str(rank)]
-            args = (words, {} if bare else place, str(folder / f"rank{rank}"), list(patches))
+            args = (words, {} if bare else place | env, str(folder / f"rank{rank}"), list(patches))
             self.members.append(server.Process(target=_process, args=args))
         self.begin = time.monotonic()
         for member in self.members:

@@ -45,7 +45,11 @@ from util.run import checkpoint
 
 pytestmark = pytest.mark.faults
 
-ENDS = {signal.SIGKILL: 30, signal.SIGTERM: 10}  # of runs, at random moments (seeded)
+ENDS = {
+    signal.SIGKILL: 30,
+    signal.SIGTERM: 10,
+    signal.SIGHUP: 3,
+}  # of runs, at random moments (seeded)
 SAVE_KILLS = 50  # in the writing of a file, of a process that does nothing but save
 
 counts = Counter()
@@ -87,7 +91,7 @@ def assert_same_files(folder: Path, other: Path) -> None:
     assert losses_of(folder) == losses_of(other)
 
 
-@pytest.mark.parametrize("number", ENDS, ids=["KILL", "TERM"])
+@pytest.mark.parametrize("number", ENDS, ids=["KILL", "TERM", "HUP"])
 def test_runs_ended_at_random_moments_go_on_to_the_same_bits(number, flags, whole, tmp_path):
     reference, length = whole
     moments = random.Random(number)
@@ -103,10 +107,10 @@ def test_runs_ended_at_random_moments_go_on_to_the_same_bits(number, flags, whol
                 landed += fleet.send(number)
             statuses = fleet.wait()
             finished = statuses == [0, 0]
-            if number == signal.SIGTERM and not finished:
+            if number != signal.SIGKILL and not finished:
                 # before Python runs, a signal's own action; where one stops first, the other sees
                 assert set(statuses) <= {-number, 128 + number, 1}, fleet.errors()
-                counts[f"SIGTERM exits {statuses}"] += 1
+                counts[f"{number.name} exits {statuses}"] += 1
         assert_same_files(reference, out)
     counts[f"{number.name}s at random moments"] += landed
     counts[f"runs ended by {number.name}s and resumed to the same bits"] += runs

@@ -52,7 +52,7 @@ class Console(logging.StreamHandler):
             return
         with contextlib.suppress(OSError, ValueError):  # what is left to flush goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        self.setStream(open(os.devnull, "w"))  # noqa: SIM115 (for the rest of the run)
+        self.stream = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the run)
 
 
 def _excepthook(args: threading.ExceptHookArgs) -> None:

@@ -1,0 +1,178 @@
+"""Accidents that people report: closed consoles, small limits, other locales, lost terminals."""
+
+import io
+import logging
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import log_of, run, run_main, state_of, the_error
+from torch.utils.data import DataLoader
+
+import main_pretrain
+from util.data import loader
+from util.run import logs
+
+
+@pytest.fixture(scope="module")
+def command(photos):
+    """A run of 6 steps that prints each, without its folder."""
+    flags = ["--data_path", photos, "--model", "mae_vit_nano_patch4", "--input_size", 8]
+    flags += ["--batch_size", 8, "--epochs", 1, "--warmup_epochs", 0, "--device", "cpu"]
+    flags += ["--num_workers", 0]
+    return " ".join(map(str, [sys.executable, "main_pretrain.py", *flags, "--output_dir"]))
+
+
+starts = pytest.mark.faults  # what takes seconds to start a process
+
+
+def shell(text: str, **kwargs):
+    return run("bash", "-c", text, **kwargs)
+
+
+@starts
+@pytest.mark.parametrize("end", ["| head -n 1", "> /dev/full", "2>&1 | true", ">&-"])
+def test_a_console_that_goes_away_is_given_up_quietly(end, command, tmp_path):
+    out = tmp_path / "out"
+    done = shell(f"set -o pipefail; {command} {out} {end}; echo $? > {tmp_path}/status")
+    assert (tmp_path / "status").read_text() == "0\n", done.stderr
+    assert "Error" not in done.stderr
+    assert len(log_of(out)) == 1
+    assert state_of(out)["epoch"] == 0
+
+
+def test_a_console_that_is_closed_is_given_up_once():
+    """As a test's or a notebook's is, by the time that another library logs a line."""
+    console = logs.Console(io.StringIO())
+    console.stream.close()
+    for _ in range(2):
+        console.handle(logging.LogRecord("x", logging.INFO, "x", 1, "line", (), None))
+    assert console.stream.name == os.devnull
+
+
+def test_other_errors_of_logging_are_shown(capsys):
+    console = logs.Console(io.StringIO())
+    console.handle(logging.LogRecord("x", logging.INFO, "x", 1, "%d", ("not a number",), None))
+    assert "TypeError" in capsys.readouterr().err
+
+
+@starts
+@pytest.mark.parametrize("files", [25, 36])
+def test_too_few_open_files_are_one_line(files, command):
+    text = f"ulimit -n {files}; {command.replace('--num_workers 0', '--num_workers 4')} ''"
+    done = shell(text)
+    assert done.returncode == 1
+    errors = done.stderr[done.stderr.index("main_pretrain.py: error") :]
+    line = the_error(errors)
+    assert "cannot start 4 workers: Too many open files" in line or f"allows {files} open" in line
+
+
+@starts
+def test_a_locale_without_unicode(command, tmp_path):
+    out = tmp_path / "Läufe"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = shell(f"{command} {out}", **locale)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("no TensorBoard: its files' names cannot be") == 1
+    assert len(log_of(out)) == 1
+
+
+def test_a_small_dev_shm_is_noticed_before_it_is_full(flags, tmp_path, monkeypatch, capsys):
+    """16 images of two views x 8 x 8 in float32, twice for each of two processes."""
+    usage = SimpleNamespace(free=16 * 2 * 3 * 64 * 4 * 2 * 2 - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    flags = [*flags, "--num_workers", 2]
+    assert run_main(main_pretrain, *flags) == 1
+    line = the_error(capsys.readouterr().err)
+    for words in ("--num_workers 2", "/dev/shm", "--ipc=host", "--shm-size"):
+        assert words in line
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # processes of this machine share it
+    usage.free = 16 * 2 * 3 * 64 * 4 * 2 * 2 * 2 - 1
+    assert run_main(main_pretrain, *flags) == 1
+    usage.free += 64 * 1024
+    assert run_main(main_pretrain, *flags, "--epochs", 1, "--warmup_epochs", 0) == 0
+
+
+class Spoilt(torch.utils.data.Dataset):
+    """Its images cannot be sent to another process; or cannot be read."""
+
+    def __init__(self, how: str):
+        self.how = how
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index):
+        if os.getpid() != multiprocessing.current_process().pid or self.how == "dataset":
+            raise RuntimeError("of the dataset's own")
+        if multiprocessing.parent_process() and self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (lambda: 0) if self.how == "unsent" else 0
+
+
+@pytest.mark.parametrize("how", ["killed", "unsent", "dataset"])
+def test_the_end_of_a_loader_process_is_explained_and_no_other_error(how):
+    """A batch that cannot be sent, as on a full /dev/shm, must not be waited for."""
+    options = {"collate_fn": lambda rows: rows, "worker_init_fn": loader._begin_worker}
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError) as error:
+        list(DataLoader(Spoilt(how), batch_size=4, num_workers=1, **options))
+    assert time.monotonic() - begin < 30
+    line = loader.explain(error.value)
+    if how == "dataset":
+        assert line is None
+        return
+    assert line.startswith("DataLoader worker")
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert "/dev/shm has" in line
+    assert f"`ulimit -n` allows {files} open files" in line
+
+
+@starts
+@pytest.mark.parametrize("ignored", [False, True], ids=["closed terminal", "nohup"])
+def test_a_hangup_saves_and_stops_unless_it_is_ignored(ignored, command, tmp_path):
+    out = tmp_path / "out"
+    long = command.replace("--epochs 1", "--epochs 20 --log_dir ''")
+    text = "trap '' HUP; " * ignored + f"{long} {out} & sleep .1; pid=$!; "
+    text += f"until [ -s {out}/log.txt ]; do sleep .05; done; kill -HUP $pid; wait $pid"
+    done = shell(text)
+    if ignored:
+        assert done.returncode == 0, done.stderr
+        assert len(log_of(out)) == 20
+    else:
+        assert done.returncode == 128 + signal.SIGHUP
+        assert "stopped by SIGHUP after saving" in done.stdout
+        assert state_of(out)["epoch"] == len(log_of(out)) - 1
+
+
+def test_nan_before_any_save_says_that_there_is_none(flags, capsys):
+    assert run_main(main_pretrain, *flags, "--lr", 1e30, "--warmup_epochs", 0) == 1
+    assert the_error(capsys.readouterr().err).endswith("; nothing has been saved yet")
+
+
+def test_nan_later_says_what_there_is(flags, capsys):
+    assert run_main(main_pretrain, *flags, "--epochs", 1) == 0
+    capsys.readouterr()
+    flags += ["--epochs", 9, "--lr", 1e30, "--warmup_epochs", 0, "--resume", "auto"]
+    assert run_main(main_pretrain, *flags) == 1
+    line = the_error(capsys.readouterr().err)
+    assert line.endswith("; checkpoint-last.pth is of epoch 1, step 0")
+
+
+def test_numbers_of_numpy_s_do_not_hinder_a_finetuning(flags, photos, tmp_path, forks):
+    assert run_main(main_pretrain, *flags, "--epochs", 1) == 0
+    state = state_of(tmp_path / "out")
+    torch.save(state | {"best_acc": np.float32(0.5)}, tmp_path / "x.pth")
+    words = ["--data_path", photos, "--model", "vit_nano_patch4", *flags[4:], "--output_dir", ""]
+    words += ["--epochs", 1, "--finetune", tmp_path / "x.pth"]
+    status, _, err = forks.run("main_finetune", *words, cwd=tmp_path)
+    assert status == 0, err

@@ -1,0 +1,181 @@
+"""One writer per folder: the lock, and what it means where file systems have none."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+
+import pytest
+from conftest import TINY, run_main, state_of, the_error
+
+import main_pretrain
+from util.errors import UserError
+from util.parents import start_time
+from util.run import lock
+
+
+@pytest.fixture(autouse=True)
+def _free():
+    yield
+    lock.release_locks()
+
+
+@pytest.fixture
+def of_another(tmp_path):
+    """Puts the lock of another process there, as one leaves that is killed, or cannot lock."""
+
+    def put(**other) -> None:
+        owner = {"host": socket.gethostname(), "pid": os.getppid(), "job": None}
+        owner |= {"started": start_time(os.getppid()), "since": "2026-01-02 03:04:05"}
+        (tmp_path / lock.LOCK).write_text(json.dumps(owner | other))
+
+    return put
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """A file system as NFS without its lock daemon."""
+
+    def lockf(*_):
+        raise OSError("No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+
+
+def locked_elsewhere(folder) -> str:
+    """What another process is told that tries to lock a folder; '' if it may."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        lock._held.clear()
+        try:
+            lock.lock_folder(folder)
+            words = ""
+        except UserError as error:
+            words = str(error)
+        os.write(writer, words.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    with open(reader) as file:
+        return file.read()
+
+
+def test_the_second_is_told_who_is_the_first(tmp_path):
+    lock.lock_folder(tmp_path)
+    lock.lock_folder(tmp_path / ".")  # log_dir, where it is output_dir
+    words = locked_elsewhere(tmp_path)
+    who = f"process {os.getpid()} on {socket.gethostname()}, since "
+    assert words.startswith(f"{tmp_path} is in use by another run: {who}")
+    lock.release_locks()
+    assert not (tmp_path / lock.LOCK).exists()
+    assert locked_elsewhere(tmp_path) == ""
+
+
+def test_a_lock_that_was_left_behind_is_none(of_another, tmp_path):
+    of_another()  # of a process that is alive, but does not hold it
+    lock.lock_folder(tmp_path)
+    assert json.loads((tmp_path / lock.LOCK).read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_what_is_written_in_a_lock_may_be_cut_off(content, no_locks, tmp_path):
+    (tmp_path / lock.LOCK).write_text(content)
+    lock.lock_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "age", "alive"),
+    [
+        ({}, 0, True),
+        ({}, 1e6, True),  # this machine knows its processes
+        ({"started": 1}, 0, False),  # another process has got its number
+        ({"pid": 2**22 + 1}, 0, False),
+        ({"host": "node7"}, 0, True),
+        ({"host": "node7"}, lock.SILENT + 1, False),
+        ({"host": "node7", "job": "12"}, 0, True),
+        ({"host": "node7", "job": "11"}, 0, False),  # requeued: this job's earlier start
+    ],
+)
+def test_without_locks_a_live_owner_is_told_from_a_dead_one(
+    other, age, alive, of_another, no_locks, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "11")
+    of_another(**other)
+    then = time.time() - age
+    os.utime(tmp_path / lock.LOCK, (then, then))
+    if not alive:
+        lock.lock_folder(tmp_path)
+        return
+    with pytest.raises(UserError, match=r"in use by another run: .*since 2026-01-02 03:04:05"):
+        lock.lock_folder(tmp_path)
+
+
+def test_a_file_system_of_several_machines_may_lock_only_this_one(
+    of_another, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(lock, "_file_system", lambda path: "nfs4")
+    of_another(host="node7")
+    with pytest.raises(UserError, match=r"process \d+ on node7, since"):
+        lock.lock_folder(tmp_path)
+
+
+def test_a_run_gives_signs_of_life(tmp_path, monkeypatch):
+    lock.lock_folder(tmp_path)
+    os.utime(tmp_path / lock.LOCK, (0, 0))
+    monkeypatch.setattr(lock, "_last_beat", time.monotonic() - lock.BEAT + 10)
+    lock.beat()
+    assert (tmp_path / lock.LOCK).stat().st_mtime == 0
+    monkeypatch.setattr(lock, "_last_beat", time.monotonic() - lock.BEAT - 1)
+    lock.beat()
+    assert time.time() - (tmp_path / lock.LOCK).stat().st_mtime < 10
+
+
+def test_file_systems_are_known_by_where_they_are(tmp_path):
+    assert lock._file_system(tmp_path) not in ("", "proc")
+    assert lock._file_system(tmp_path.__class__("/proc/self")) == "proc"
+
+
+def test_readers_are_not_locked_out(flags, photos, tmp_path, forks):
+    out = tmp_path / "out"
+    assert run_main(main_pretrain, *flags, "--epochs", 1) == 0
+    weights = out / "checkpoint-last.pth"
+    lock.lock_folder(out)
+    assert locked_elsewhere(out)
+    probe = ["--data_path", photos, "--model", "vit_nano_patch4", *TINY[2:], "--finetune", weights]
+    for module, *words in (
+        ("main_linprobe", *probe, "--epochs", 1, "--batch_size", 16, "--output_dir", ""),
+        ("main_linprobe", *probe, "--knn", "--output_dir", out),
+        ("util.export", "--checkpoint", weights),
+        ("util.visualize", "--checkpoint", weights, "--data_path", photos),
+    ):
+        status, _, err = forks.run(module, *words, cwd=tmp_path)
+        assert status == 0, err
+
+
+def test_a_run_into_a_folder_in_use_is_refused_and_leaves_no_trace(flags, tmp_path, forks):
+    lock.lock_folder(tmp_path / "out")
+    new = tmp_path / "a/b/new"
+    for extra in ([], ["--resume", "auto"], ["--overwrite"], ["--output_dir", new]):
+        words = [*flags, "--log_dir", tmp_path / "out", *extra]  # the one or the other
+        status, _, err = forks.run("main_pretrain", *words, cwd=tmp_path)
+        assert status == 1
+        assert f"{tmp_path / 'out'} is in use by another run: process {os.getpid()} on" in err
+        assert "give another folder, or end that run" in the_error(err)
+    assert locked_elsewhere(tmp_path / "out")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_run_holds_its_folders_for_its_life(flags, tmp_path, monkeypatch):
+    said = []
+
+    def ask_after_saving(self, epoch, save=main_pretrain.Run.save):
+        save(self, epoch)
+        said.extend(locked_elsewhere(tmp_path / name) for name in ("out", "tb"))
+
+    monkeypatch.setattr(main_pretrain.Run, "save", ask_after_saving)
+    assert run_main(main_pretrain, *flags, "--epochs", 1, "--log_dir", tmp_path / "tb") == 0
+    assert len(said) == 2
+    assert all("in use by another run" in words for words in said)
+    assert locked_elsewhere(tmp_path / "out") == locked_elsewhere(tmp_path / "tb") == ""
+    assert state_of(tmp_path / "out")["epoch"] == 0

@@ -1,0 +1,227 @@
+"""How processes find each other, and nobody else's; and that none outlives its launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+from conftest import ROOT, free_port, losses_of, run
+
+from util import meeting, parents
+from util.args import pretrain_parser
+from util.errors import STOP_SIGNALS, UserError
+
+LAUNCHER_NAMES = (*meeting.TORCHRUN, *meeting.SRUN, *meeting.OPEN_MPI, *meeting.MPICH)
+
+
+def args_of(*words: str) -> SimpleNamespace:
+    return pretrain_parser().parse_args(["--data_path", "x", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "place"),
+    [
+        ([], {}, (0, 0, 1)),
+        (["--world_size", "3", "--local_rank", "2"], {}, (2, 2, 3)),
+        ([], {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, (5, 1, 8)),
+        (["--local_rank", "1"], {"RANK": "5", "WORLD_SIZE": "8"}, (5, 1, 8)),  # an older launcher
+        ([], dict(zip(meeting.SRUN, "314", strict=True)), (3, 1, 4)),
+        ([], dict(zip(meeting.OPEN_MPI, "102", strict=True)), (1, 0, 2)),
+        ([], dict(zip(meeting.MPICH, "102", strict=True)), (1, 0, 2)),
+        # mpirun, but of one process each, under another launcher or of none
+        ([], dict(zip(meeting.OPEN_MPI, "001", strict=True)), (0, 0, 1)),
+        (["--world_size", "2"], dict(zip(meeting.OPEN_MPI, "001", strict=True)), (0, 0, 2)),
+        (["--dist_on_itp"], dict(zip(meeting.OPEN_MPI, "001", strict=True)), (0, 0, 1)),
+        ([], {**dict(zip(meeting.SRUN, "102", strict=True)), "PMI_SIZE": "7"}, (1, 0, 2)),
+    ],
+)
+def test_the_launcher_says_who_one_is(words, env, place, monkeypatch):
+    for name in LAUNCHER_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert meeting.place(args_of(*words)) == place
+
+
+def test_a_launcher_that_says_half_is_an_error(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="environment is incomplete: 'OMPI_COMM_WORLD_RANK'"):
+        meeting.place(args_of())
+
+
+def meet_in_threads(monkeypatch, starts: list[tuple[int, tuple[str, int]]]) -> dict:
+    """What becomes of members (rank, identity) of two, at the store of a launcher, in this order.
+
+    Each begins when those before it wait.
+    """
+    port = free_port()
+    store = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    identities, outcomes = {}, {}
+    monkeypatch.setattr(meeting, "identity", lambda: identities[threading.current_thread().name])
+    clients = {}
+    monkeypatch.setattr(meeting, "_store", lambda *_: clients[threading.current_thread().name])
+
+    def member(rank: int) -> None:
+        name = threading.current_thread().name
+        try:
+            own = meeting.meet(args_of(), rank, 2)
+            own.set(f"says {rank}", name)
+            outcomes[name] = {own.get(f"says {other}").decode() for other in (0, 1)}
+        except UserError as error:
+            outcomes[name] = str(error)
+
+    threads = []
+    for rank, identity in starts:
+        name = f"{rank} of {identity[1]}"
+        identities[name] = identity
+        clients[name] = dist.TCPStore("localhost", port, wait_for_workers=False)
+        threads.append(threading.Thread(target=member, args=(rank,), name=name))
+        threads[-1].start()
+        time.sleep(0.3)
+    for thread in threads:
+        thread.join(20)
+    del store
+    return outcomes
+
+
+def test_a_process_of_an_earlier_start_is_told_so(monkeypatch):
+    old, new = ("torchrun", 1), ("torchrun", 2)
+    outcomes = meet_in_threads(monkeypatch, [(1, old), (0, new), (1, new)])
+    assert outcomes["1 of 1"] == "this process belongs to an earlier start of the run, and ends"
+    assert outcomes["0 of 2"] == outcomes["1 of 2"] == {"0 of 2", "1 of 2"}
+
+
+def test_one_that_comes_late_from_an_earlier_start_is_told_so_too(monkeypatch):
+    old, new = ("torchrun", 1), ("torchrun", 2)
+    outcomes = meet_in_threads(monkeypatch, [(0, new), (1, old), (1, new)])
+    assert "an earlier start" in outcomes["1 of 1"]
+    assert outcomes["0 of 2"] == outcomes["1 of 2"] == {"0 of 2", "1 of 2"}
+
+
+def test_the_wait_names_who_is_missing(monkeypatch, capfd):
+    monkeypatch.setattr(meeting, "PATIENCE", 0.5)
+    monkeypatch.setattr(meeting, "JOIN_TIMEOUT", timedelta(seconds=1.8))
+    outcomes = meet_in_threads(monkeypatch, [(0, ("any", 0))])
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.rsplit(" ", 2)[0] for line in lines] == ["rank 1 of 2 has not come after"] * 3
+    assert outcomes["0 of 0"].endswith("the processes cannot meet: rank 1 of 2 has not come")
+
+
+def test_rank_zero_is_missed_too(monkeypatch, capfd):
+    monkeypatch.setattr(meeting, "PATIENCE", 0.5)
+    monkeypatch.setattr(meeting, "JOIN_TIMEOUT", timedelta(seconds=2))
+    args = args_of("--dist_url", f"tcp://localhost:{free_port()}")
+    with pytest.raises(UserError, match="the processes cannot meet"):
+        meeting.meet(args, 1, 2)
+    assert "rank 0 of 2 has not come after 1 s" in capfd.readouterr().err
+
+
+def test_a_start_has_an_identity_of_its_own(monkeypatch):
+    for name in ("GROUP_WORLD_SIZE", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert meeting.identity() == ("any", 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "11")
+    assert meeting.identity() == ("slurm-11", 0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert meeting.identity() == ("slurm-11", 2)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    first = meeting.identity()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert meeting.identity() == (first[0], first[1] + 1)
+    assert first[1] // 1000 == parents.start_time(os.getppid())
+
+
+MPI_RUN = """
+for rank in 0 1; do
+  OMPI_COMM_WORLD_RANK=$rank OMPI_COMM_WORLD_LOCAL_RANK=$rank OMPI_COMM_WORLD_SIZE=2 \
+    OMPI_COMM_WORLD_LOCAL_SIZE=2 "$@" &
+done
+wait
+"""
+
+
+def test_mpirun_needs_no_flag(flags, tmp_path):
+    command = [sys.executable, "main_pretrain.py", *flags, "--epochs", "1"]
+    done = run("bash", "-c", MPI_RUN, "mpirun", *command)
+    assert "batch: 32 images = 16 x 1 accumulated x 2 processes" in done.stdout, done.stderr
+    assert len(losses_of(tmp_path / "out")) == 1
+
+
+CHILD = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+from util.parents import {function}
+print(os.getpid(), flush=True)
+time.sleep({delay})
+{function}({arguments})
+print("waits", flush=True)
+time.sleep(60)
+"""
+
+
+def start_child(tmp_path, function="end_with_launcher", arguments="", delay=0, **env):
+    """A launcher that starts a process which calls a function of util.parents; its launcher."""
+    script = tmp_path / "child.py"
+    words = {"root": str(ROOT), "function": function, "arguments": arguments, "delay": delay}
+    script.write_text(CHILD.format(**words))
+    # The shell waits, as launchers do; its own name tells nothing.
+    command = ["bash", "-c", f"{sys.executable} {script} & wait"]
+    clean = {k: v for k, v in os.environ.items() if k not in parents.LAUNCHERS}
+    launcher = subprocess.Popen(command, env=clean | env, stdout=subprocess.PIPE, text=True)
+    return launcher, int(launcher.stdout.readline())
+
+
+def ends(pid: int, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("when", ["after", "before"])
+def test_a_process_ends_with_its_launcher(when, tmp_path):
+    """Also one whose launcher has ended before it could ask to be told."""
+    launcher, child = start_child(tmp_path, delay=0.5 * (when == "before"), TORCHELASTIC_RUN_ID="x")
+    if when == "after":
+        assert launcher.stdout.readline() == "waits\n"
+    launcher.kill()
+    assert ends(child, 10)
+
+
+def test_a_process_of_a_shell_outlives_it(tmp_path):
+    """As one does that is started with `nohup ... &`, or by cron."""
+    launcher, child = start_child(tmp_path)
+    assert launcher.stdout.readline() == "waits\n"
+    launcher.kill()
+    assert not ends(child, 1)
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_loader_process_ends_with_a_parent_that_is_gone(tmp_path):
+    """`end_with_parent` knows the parent's number: that it is another now says that it ended."""
+    launcher, child = start_child(
+        tmp_path, "end_with_parent", f"signal.SIGKILL, {os.getpid()}", delay=0
+    )
+    assert ends(child, 5)
+    launcher.wait()
+
+
+def test_start_times_tell_processes_apart():
+    assert parents.start_time(os.getpid()) >= parents.start_time(os.getppid()) > 0
+    assert parents.start_time(2**22 + 1) == 0
+
+
+def test_a_closed_terminal_is_a_request_to_stop():
+    assert signal.SIGHUP in STOP_SIGNALS
