@@ -42,6 +42,7 @@ PARSERS = {
     "util.export": export.get_args_parser,
 }
 LAUNCHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts"}
+LAUNCHERS |= {"--ipc=host", "--shm-size"}  # Docker's
 
 
 def command(name: str) -> str:
@@ -206,7 +207,7 @@ def test_every_flag_mentioned_exists():
     for benchmark in (ROOT / "benchmarks").rglob("*.py"):
         known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', benchmark.read_text()))
     for name, text in DOCUMENTS.items():
-        shown = re.findall(r"(?<![\w-])--[a-z][a-z_0-9]*", text.replace("<!--", ""))
+        shown = re.findall(r"(?<![\w-])--[a-z][a-z_0-9]*(?:-size|=host)?", text.replace("<!--", ""))
         assert set(shown) <= known, name
 
 

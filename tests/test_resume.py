@@ -60,19 +60,27 @@ def test_a_finished_run_says_so(resumed):
 
 def test_each_flag_that_differs_is_said_with_what_it_means(resumed, photos, tmp_path):
     data = shutil.copytree(photos, tmp_path / "data")
-    more = ["--epochs", 3, "--blr", 1e-3, "--batch_size", 16, "--jitter_strength", 0.9]
+    more = ["--epochs", 3, "--blr", 2e-3, "--batch_size", 16, "--weight_decay", 0.1]
     status, out, err = resumed(*more, "--data_path", data, "--num_workers", 1)
     assert status == 0, err
     assert "all 2 epochs are done" not in out
     lr = "the learning rate follows the new schedule from here on"
     said = {line.split()[1]: line for line in changes(out)}
     assert said["--epochs"] == f"changed: --epochs was 2, is 3: {lr}"
-    assert said["--blr"] == f"changed: --blr was 0.00015, is 0.001: {lr}"
+    assert said["--blr"] == f"changed: --blr was 0.001, is 0.002: {lr}"
     images = "the epoch continues at the same image, in steps of the new size"
     assert said["--batch_size"] == f"changed: --batch_size was 8, is 16: {images}"
     assert said["--data_path"].startswith(f"changed: --data_path was {photos}, is {data}: ")
-    assert said["--jitter_strength"].endswith(", is 0.9: it holds from here on")
+    assert said["--weight_decay"].endswith(", is 0.1: it holds from here on")
     assert "--num_workers" not in said  # changes nothing
+
+
+def test_another_augmentation_is_refused_and_said_where_it_is_meant(resumed):
+    more = ["--epochs", 3, "--jitter_strength", 0.9]
+    assert "--jitter_strength is 0.5 there, 0.9 here; give another" in the_error(resumed(*more)[2])
+    status, out, err = resumed(*more, "--resume", resumed.out / "checkpoint-last.pth")
+    assert status == 0, err
+    assert "changed: --jitter_strength was 0.5, is 0.9: it holds from here on" in out
 
 
 def points(folder) -> dict[str, list[int]]:

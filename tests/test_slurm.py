@@ -11,18 +11,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, free_port, python
+from conftest import ROOT, free_port, python
+from jobs import RUN, Submitted, scontrol, squeue, wait_until
 
 pytestmark = pytest.mark.slurm
 
-# 15 steps of 2 processes x 128 images, on CPUs.
-RUN = [*TINY, "--data_path", "digits", "--batch_size", "128", "--epochs", "3"]
-RUN += ["--warmup_epochs", "1", "--save_interval", "1000"]
 TWO_NODES = ["--cpus_per_task", "1", "--ngpus", "0", "--nodes", "2"]
 STOPPED = "stopped by SIGUSR2 after saving"
 ONE_NODE = ["--cpus_per_task", "1", "--ngpus", "0", "--nodes", "1"]
@@ -64,82 +61,10 @@ def reference(tmp_path_factory) -> Path:
     return folder
 
 
-class Submitted:
-    """A job, or an array, in a folder of its own."""
-
-    def __init__(self, folder: Path, *flags: str, script: str = "pretrain"):
-        run = RUN if script == "pretrain" else [word.removeprefix("mae_") for word in RUN]
-        command = [sys.executable, ROOT / f"submitit_{script}.py", *run, *flags]
-        self.folder = folder
-        self.result = subprocess.run(
-            [str(word) for word in command], cwd=folder, capture_output=True, text=True, timeout=300
-        )
-        self.ids = re.findall(r"^job (\S+) \(slurm\)", self.result.stdout, re.MULTILINE)
-
-    @property
-    def id(self) -> str:
-        return self.ids[0]
-
-    @property
-    def output(self) -> Path:
-        return self.folder / "jobs" / self.id
-
-    def log(self, rank: int = 0) -> str:
-        path = self.output / f"{self.id}_{rank}_log.out"
-        return path.read_text() if path.exists() else ""
-
-    def state(self) -> str:
-        return squeue("-t", "all", "-j", self.id, "-o", "%T")
-
-    def wait_for_line(self, pattern: str) -> None:
-        wait_until(lambda: re.search(pattern, self.log()) or self.state() == "FAILED", pattern)
-        assert re.search(pattern, self.log()), self.log()
-
-    def wait_for_end(self) -> str:
-        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
-        wait_until(lambda: self.state() in ends, "the job's end")
-        return self.state()
-
-    def processes(self) -> list[int]:
-        """The pids of its tasks, by rank."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-                text = (folder / "environ").read_text()
-            except OSError:  # gone in the meantime
-                continue
-            env = dict(word.partition("=")[::2] for word in text.split("\0"))
-            is_task = words[1:4] == [b"-u", b"-m", b"submitit.core._submit"]
-            if is_task and env.get("SLURM_JOB_ID") == self.id:
-                found[int(env["SLURM_PROCID"])] = int(folder.name)
-        return [found[rank] for rank in sorted(found)]
-
-    def freeze(self) -> None:
-        """Stops its processes' clock; SLURM sets it going again before it sends a signal."""
-        for pid in self.processes():
-            os.kill(pid, signal.SIGSTOP)
-
-
-def squeue(*words: str) -> str:
-    return subprocess.check_output(["squeue", "-h", *words], text=True).strip()
-
-
-def scontrol(*words: str) -> None:
-    subprocess.run(["scontrol", *words], check=True)
-
-
 def preempt() -> None:
     """Runs a job that takes both nodes from whatever is there, with SLURM's signal and grace."""
     command = ["sbatch", "-p", "high", "-N", "2", "-c", "64", "-o", "/dev/null"]
     subprocess.run([*command, "--wrap", "true"], check=True, stdout=subprocess.DEVNULL)
-
-
-def wait_until(true: Callable[[], object], what: str, timeout: float = 150) -> None:
-    end = time.monotonic() + timeout
-    while not true():
-        assert time.monotonic() < end, f"{what}: not within {timeout} s"
-        time.sleep(0.1)
 
 
 def assert_same_state(folder: Path, reference: Path) -> None:
@@ -203,6 +128,48 @@ def test_a_job_goes_on_after_an_administrators_requeue_and_a_failed_node(referen
     assert job.wait_for_end() == "COMPLETED", job.log()
     assert len(re.findall(r"resumed .+: epoch \d", job.log())) == 2
     assert_same_state(job.output, reference)
+
+
+def test_a_batch_step_that_is_killed_leaves_no_process_and_loses_nothing(reference, tmp_path):
+    job = Submitted(tmp_path, *TWO_NODES, "--save_interval", "1e-4")
+    job.wait_for_line(r"epoch 0 \[")
+    subprocess.run(["scancel", "--batch", "--signal=KILL", job.id], check=True)
+    wait_until(lambda: not job.processes(), "the end of its processes", 10)
+    assert job.wait_for_end() == "FAILED"
+    again = Submitted(tmp_path, *TWO_NODES, "--output_dir", job.output, "--resume", "auto")
+    assert again.wait_for_end() == "COMPLETED", again.log()
+    assert "resumed " in again.log()
+    assert_same_state(job.output, reference)
+
+
+def test_a_job_into_a_folder_in_use_is_refused(tmp_path):
+    job = Submitted(tmp_path, *ONE_NODE, "--epochs", "100")
+    wait_until(lambda: list(tmp_path.rglob("events.*")), "the start of training")
+    flags = ["--output_dir", job.output, "--resume", "auto", "--wait"]
+    errors = Submitted(tmp_path, *ONE_NODE, *flags).result.stderr
+    assert f"{job.output} is in use by another run: process {job.processes()[0]} on node" in errors
+    assert f", job {job.id}, since " in errors
+    assert job.state() == "RUNNING"
+    subprocess.run(["scancel", job.id], check=True)
+
+
+def test_a_job_that_waits_takes_the_folder_of_one_whose_node_fails(tmp_path):
+    """The first is requeued, and finds in the end that all is done."""
+    whole = ["--cpus_per_task", "64"]
+    first = Submitted(tmp_path, *TWO_NODES, *whole)
+    first.wait_for_line(r"epoch 0 \[")
+    more = ["--output_dir", first.output, "--resume", "auto"]
+    second = Submitted(tmp_path, *ONE_NODE, *whole, *more)
+    scontrol("update", "nodename=node2", "state=down", "reason=test")
+    wait_until(lambda: first.state() == "PENDING", "requeued")
+    second.wait_for_line(r"resumed .+: epoch \d")
+    subprocess.run(["scontrol", "update", "nodename=node2", "state=resume"], stderr=subprocess.PIPE)
+    assert second.wait_for_end() == "COMPLETED", second.log()
+    assert "with --accum_iter 2 the global batch stays 256" in second.log()
+    assert first.wait_for_end() == "COMPLETED", first.log()
+    assert "all 3 epochs are done" in first.log()
+    lines = (first.output / "log.txt").read_text().splitlines()
+    assert [re.search(r'"epoch": (\d)', line)[1] for line in lines] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("command", [["scancel", "--signal=USR2"], ["scontrol", "requeue"]])
