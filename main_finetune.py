@@ -7,6 +7,8 @@ On ImageNet with MAE's recipe for ViT-B, 1024 images per step:
         --blr 5e-4 --layer_decay 0.65 --mixup 0.8 --cutmix 1.0 --dist_eval
 """
 
+import util.parents  # isort: skip  # noqa: F401 (before torch, see there)
+
 import argparse
 
 import torch

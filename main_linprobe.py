@@ -8,6 +8,8 @@ On ImageNet with MAE's recipe, and on digits in seconds:
         --finetune quickstart/checkpoint-last.pth --cache_features --output_dir ''
 """
 
+import util.parents  # isort: skip  # noqa: F401 (before torch, see there)
+
 import argparse
 import logging
 

@@ -9,6 +9,8 @@ Four GPUs:
     torchrun --nproc_per_node=4 main_pretrain.py --data_path IMAGES --model mae_vit_base_patch16
 """
 
+import util.parents  # isort: skip  # noqa: F401 (before torch, see there)
+
 import logging
 from argparse import Namespace
 

@@ -58,6 +58,14 @@ def test_a_console_that_is_closed_is_given_up_once():
     assert console.stream.name == os.devnull
 
 
+def test_letters_that_a_console_lacks_do_not_end_it(command, tmp_path):
+    text = f"{command.replace('--epochs 1', '--epochs 2')} {tmp_path / 'Läufe'} --resume auto"
+    done = shell(text, PYTHONIOENCODING="ascii", LC_ALL="C.UTF-8")
+    assert done.returncode == 0, done.stderr
+    assert rf"no {tmp_path}/L\xe4ufe/checkpoint-last.pth yet" in done.stdout
+    assert "epoch 1 [6/6]" in done.stdout
+
+
 def test_other_errors_of_logging_are_shown(capsys):
     console = logs.Console(io.StringIO())
     console.handle(logging.LogRecord("x", logging.INFO, "x", 1, "%d", ("not a number",), None))
@@ -82,7 +90,7 @@ def test_a_locale_without_unicode(command, tmp_path):
     done = shell(f"{command} {out}", **locale)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stdout.count("no TensorBoard: its files' names cannot be") == 1
+    assert done.stdout.count("warning: no TensorBoard in ") == 1
     assert len(log_of(out)) == 1
 
 
@@ -95,9 +103,6 @@ def test_a_small_dev_shm_is_noticed_before_it_is_full(flags, tmp_path, monkeypat
     line = the_error(capsys.readouterr().err)
     for words in ("--num_workers 2", "/dev/shm", "--ipc=host", "--shm-size"):
         assert words in line
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # processes of this machine share it
-    usage.free = 16 * 2 * 3 * 64 * 4 * 2 * 2 * 2 - 1
-    assert run_main(main_pretrain, *flags) == 1
     usage.free += 64 * 1024
     assert run_main(main_pretrain, *flags, "--epochs", 1, "--warmup_epochs", 0) == 0
 
@@ -127,6 +132,8 @@ def test_the_end_of_a_loader_process_is_explained_and_no_other_error(how):
     with pytest.raises(RuntimeError) as error:
         list(DataLoader(Spoilt(how), batch_size=4, num_workers=1, **options))
     assert time.monotonic() - begin < 30
+    for process in multiprocessing.active_children():  # which the error's traceback keeps
+        process.kill()
     line = loader.explain(error.value)
     if how == "dataset":
         assert line is None

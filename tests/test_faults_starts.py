@@ -81,7 +81,8 @@ def test_a_launcher_that_is_killed_leaves_no_process_and_loses_nothing(
     landed, finished = 0, False
     out, mark = tmp_path / "out", f"FAULTS_RUN={tmp_path}"
     while not finished:
-        launcher = start(name, flags, out, str(tmp_path))
+        workers = ["--num_workers", int(name == "launch")]  # these are to end, too
+        launcher = start(name, [*flags, *workers], out, str(tmp_path))
         if landed < LAUNCHER_KILLS:
             time.sleep(moments.uniform(0, length))
             launcher.kill()
@@ -102,7 +103,9 @@ def test_a_member_of_a_dead_start_does_not_join_the_next(flags, tmp_path):
     env |= {"GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}
     words = [*flags, "--epochs", 2, "--warmup_epochs", 0, "--output_dir", tmp_path / "out"]
     old = Fleet(words, tmp_path / "0", 2, missing=1, **env, TORCHELASTIC_RESTART_COUNT="0")
-    while store.num_keys() < 2:  # of rank 0's, that it is here
+    end = time.monotonic() + 60
+    while store.num_keys() < 2:  # rank 0's call
+        assert time.monotonic() < end, old.errors()
         time.sleep(0.05)
     new = Fleet(words, tmp_path / "1", 2, **env, TORCHELASTIC_RESTART_COUNT="1")
     assert new.wait() == [0, 0], new.errors()
@@ -128,3 +131,44 @@ def test_a_small_dev_shm_of_one_rank_ends_both(when, flags, tmp_path):
     assert lines.count("--ipc=host") == 1, lines
     assert "/dev/shm has" in lines
     assert "--num_workers" in lines
+
+
+TWO_MACHINES = """
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import main_pretrain
+from fleet import Fault, at, die
+from util.run.launch import launch
+
+mark = {mark!r}
+if os.environ["RANK"] == "1" and not os.path.exists(mark):
+    open(mark, "w").close()
+    at(Fault(die, 1, 3, rank=1))
+sys.argv[0] = "main_pretrain.py"
+launch(main_pretrain.main, main_pretrain.get_args_parser().parse_args())
+"""
+
+
+def test_two_torchruns_restart_the_run_by_themselves(flags, launched, tmp_path):
+    """Each counts restarts for itself, and what the first start left is in the store they share."""
+    script = tmp_path / "wrapper.py"
+    text = {"root": str(ROOT), "tests": str(ROOT / "tests"), "mark": str(tmp_path / "mark")}
+    script.write_text(TWO_MACHINES.format(**text))
+    place = ["--nnodes=2", "--nproc_per_node=1", "--max_restarts=2", "--rdzv_backend=c10d"]
+    place += [f"--rdzv_endpoint=localhost:{free_port()}", "--rdzv_id=x", "--local-addr=localhost"]
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "torch.distributed.run", *place, script, *flags]
+    words += ["--output_dir", out, "--resume", "auto"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "FAULTS_RUN": str(tmp_path)}
+    with open(tmp_path / "said", "w") as said:
+        agents = [
+            subprocess.Popen([str(word) for word in words], env=env, stdout=said, stderr=said)
+            for _ in range(2)
+        ]
+        try:
+            statuses = [agent.wait(150) for agent in agents]
+        finally:
+            wait_until_gone(lambda pid: f"FAULTS_RUN={tmp_path}" in environment_of(pid), 20)
+    assert statuses == [0, 0], (tmp_path / "said").read_text()[-3000:]
+    assert (tmp_path / "mark").exists()
+    assert_same_files(launched[0], out)

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 
 import pytest
@@ -48,6 +49,7 @@ def locked_elsewhere(folder) -> str:
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         lock._held.clear()
+        lock._beating = None
         try:
             lock.lock_folder(folder)
             words = ""
@@ -79,7 +81,8 @@ def test_a_lock_that_was_left_behind_is_none(of_another, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
-def test_what_is_written_in_a_lock_may_be_cut_off(content, no_locks, tmp_path):
+def test_what_is_written_in_a_lock_may_be_cut_off(content, no_locks, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "SETTLE", 0.01)
     (tmp_path / lock.LOCK).write_text(content)
     lock.lock_folder(tmp_path)
 
@@ -94,13 +97,17 @@ def test_what_is_written_in_a_lock_may_be_cut_off(content, no_locks, tmp_path):
         ({"host": "node7"}, 0, True),
         ({"host": "node7"}, lock.SILENT + 1, False),
         ({"host": "node7", "job": "12"}, 0, True),
-        ({"host": "node7", "job": "11"}, 0, False),  # requeued: this job's earlier start
+        ({"host": "node7", "job": "11", "restarts": 1}, 0, False),  # an earlier start of this job
+        ({"host": "node7", "job": "11", "restarts": 2}, 0, True),  # another step of it
+        ({"job": "11", "restarts": 2}, 0, True),
     ],
 )
 def test_without_locks_a_live_owner_is_told_from_a_dead_one(
     other, age, alive, of_another, no_locks, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("SLURM_JOB_ID", "11")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setattr(lock, "SETTLE", 0.01)
     of_another(**other)
     then = time.time() - age
     os.utime(tmp_path / lock.LOCK, (then, then))
@@ -111,29 +118,80 @@ def test_without_locks_a_live_owner_is_told_from_a_dead_one(
         lock.lock_folder(tmp_path)
 
 
-def test_a_file_system_of_several_machines_may_lock_only_this_one(
+def test_locks_that_other_machines_may_not_see_do_not_decide_alone(
     of_another, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(lock, "_file_system", lambda path: "nfs4")
     of_another(host="node7")
+    monkeypatch.setattr(lock, "_mount", lambda path: ("nfs", ["rw", "local_lock=all"]))
     with pytest.raises(UserError, match=r"process \d+ on node7, since"):
         lock.lock_folder(tmp_path)
+    monkeypatch.setattr(lock, "_mount", lambda path: ("nfs4", ["rw", "local_lock=none"]))
+    lock.lock_folder(tmp_path)  # the server knows better than the content
 
 
-def test_a_run_gives_signs_of_life(tmp_path, monkeypatch):
+def test_a_requeued_job_does_not_wait_for_a_server_to_forget_its_dead_node(
+    of_another, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(lock, "_lock", lambda file: False)
+    monkeypatch.setattr(lock, "_mount", lambda path: ("nfs", ["rw"]))
+    of_another(host="node7", job="11", restarts=0)
+    with pytest.raises(UserError, match=r"process \d+ on node7, job 11"):
+        lock.lock_folder(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "11")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    lock.lock_folder(tmp_path)
+
+
+def test_of_many_that_want_a_folder_without_locks_one_has_it(no_locks, tmp_path, monkeypatch):
+    children = []
+    for _ in range(8):
+        if (child := os.fork()) == 0:
+            try:
+                lock.lock_folder(tmp_path)
+                time.sleep(2)
+                os._exit(0)
+            except UserError as error:
+                os._exit(1 if "in use by another run: process" in str(error) else 2)
+        children.append(child)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert sorted(statuses) == [0] + 7 * [1]
+
+
+def test_the_loser_of_a_race_is_told_who_has_won(tmp_path):
+    """It may come between the winner's lock and what that writes."""
+    lock.lock_folder(tmp_path)
+    file, content = lock._held[(tmp_path / lock.LOCK).resolve()]
+    file.truncate(0)
+    threading.Timer(0.3, lambda: (file.write(content), file.flush())).start()
+    assert f"process {os.getpid()} on" in locked_elsewhere(tmp_path)
+
+
+def test_a_run_gives_signs_of_life_and_notices_who_has_not_seen_them(
+    of_another, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(lock, "BEAT", 0.05)
     lock.lock_folder(tmp_path)
     os.utime(tmp_path / lock.LOCK, (0, 0))
-    monkeypatch.setattr(lock, "_last_beat", time.monotonic() - lock.BEAT + 10)
-    lock.beat()
-    assert (tmp_path / lock.LOCK).stat().st_mtime == 0
-    monkeypatch.setattr(lock, "_last_beat", time.monotonic() - lock.BEAT - 1)
-    lock.beat()
+    time.sleep(0.3)
     assert time.time() - (tmp_path / lock.LOCK).stat().st_mtime < 10
+    lock.check_locks()
+    if os.fork() == 0:  # closing the file here would give up the lock
+        of_another(host="node7")
+        os._exit(0)
+    os.wait()
+    time.sleep(0.3)
+    with pytest.raises(UserError, match=r"has been taken by another run: process .* on node7"):
+        lock.check_locks()
+    lock.release_locks()
+    assert (tmp_path / lock.LOCK).exists()  # another's by now
 
 
-def test_file_systems_are_known_by_where_they_are(tmp_path):
-    assert lock._file_system(tmp_path) not in ("", "proc")
-    assert lock._file_system(tmp_path.__class__("/proc/self")) == "proc"
+def test_file_systems_are_known_by_where_they_are(tmp_path, monkeypatch):
+    assert lock._mount(tmp_path)[0] not in ("", "proc")
+    assert lock._mount(tmp_path.__class__("/proc/self"))[0] == "proc"
+    table = "a / ext4 rw 0 0\nb /a\\040b autofs rw 0 0\nc /a\\040b nfs4 rw,nolock 0 0\n"
+    monkeypatch.setattr(tmp_path.__class__, "read_text", lambda path: table)
+    assert lock._mount(tmp_path.__class__("/a b/c")) == ("nfs4", ["rw", "nolock"])
 
 
 def test_readers_are_not_locked_out(flags, photos, tmp_path, forks):

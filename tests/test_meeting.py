@@ -16,7 +16,7 @@ from conftest import ROOT, free_port, losses_of, run
 
 from util import meeting, parents
 from util.args import pretrain_parser
-from util.errors import STOP_SIGNALS, UserError
+from util.errors import UserError
 
 LAUNCHER_NAMES = (*meeting.TORCHRUN, *meeting.SRUN, *meeting.OPEN_MPI, *meeting.MPICH)
 
@@ -40,6 +40,10 @@ def args_of(*words: str) -> SimpleNamespace:
         (["--world_size", "2"], dict(zip(meeting.OPEN_MPI, "001", strict=True)), (0, 0, 2)),
         (["--dist_on_itp"], dict(zip(meeting.OPEN_MPI, "001", strict=True)), (0, 0, 1)),
         ([], {**dict(zip(meeting.SRUN, "102", strict=True)), "PMI_SIZE": "7"}, (1, 0, 2)),
+        # mpirun inside a step of SLURM's, whose processes are mpirun's helpers
+        ([], dict(zip(meeting.SRUN + meeting.OPEN_MPI, "001314", strict=True)), (3, 1, 4)),
+        ([], dict(zip(meeting.SRUN + meeting.OPEN_MPI, "102314", strict=True)), (3, 1, 4)),
+        ([], dict(zip(meeting.SRUN + meeting.MPICH, "102314", strict=True)), (3, 1, 4)),
     ],
 )
 def test_the_launcher_says_who_one_is(words, env, place, monkeypatch):
@@ -56,13 +60,23 @@ def test_a_launcher_that_says_half_is_an_error(monkeypatch):
         meeting.place(args_of())
 
 
-def meet_in_threads(monkeypatch, starts: list[tuple[int, tuple[str, int]]]) -> dict:
+stores = {}
+
+
+def meet_in_threads(
+    monkeypatch, starts: list[tuple[int, tuple[str, int]]], keep=False, same=None
+) -> dict:
     """What becomes of members (rank, identity) of two, at the store of a launcher, in this order.
 
-    Each begins when those before it wait.
+    Each begins when those before it wait. The store may be kept for the next call.
     """
-    port = free_port()
-    store = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    port = stores.get("port") or free_port()
+    store = stores.get("store") or dist.TCPStore(
+        "localhost", port, is_master=True, wait_for_workers=False
+    )
+    stores.clear()
+    if keep:
+        stores.update(port=port, store=store)
     identities, outcomes = {}, {}
     monkeypatch.setattr(meeting, "identity", lambda: identities[threading.current_thread().name])
     clients = {}
@@ -79,8 +93,8 @@ def meet_in_threads(monkeypatch, starts: list[tuple[int, tuple[str, int]]]) -> d
 
     threads = []
     for rank, identity in starts:
-        name = f"{rank} of {identity[1]}"
-        identities[name] = identity
+        name = f"{rank} of {identity[1]}" + " again" * (f"{rank} of {identity[1]}" in identities)
+        identities[name] = (same or identity[0], identity[1])
         clients[name] = dist.TCPStore("localhost", port, wait_for_workers=False)
         threads.append(threading.Thread(target=member, args=(rank,), name=name))
         threads[-1].start()
@@ -105,6 +119,25 @@ def test_one_that_comes_late_from_an_earlier_start_is_told_so_too(monkeypatch):
     assert outcomes["0 of 2"] == outcomes["1 of 2"] == {"0 of 2", "1 of 2"}
 
 
+def test_without_an_identity_of_its_own_a_start_is_told_by_its_call(monkeypatch):
+    """Of the old start rank 1 has answered and gone, as in a restart of several torchruns."""
+    outcomes = meet_in_threads(monkeypatch, [(0, ("any", 0)), (1, ("any", 0))], keep=True)
+    assert len(outcomes) == 2
+    again = meet_in_threads(monkeypatch, [(1, ("any", 0)), (0, ("any", 0))], keep=True)
+    assert all(isinstance(outcome, set) for outcome in again.values()), again
+    # Rank 0 comes first, and rank 1 is not taken for the one of before.
+    again = meet_in_threads(monkeypatch, [(0, ("any", 0)), (1, ("any", 0))], keep=True)
+    assert all(isinstance(outcome, set) for outcome in again.values()), again
+
+
+def test_of_two_with_one_rank_the_second_is_told(monkeypatch):
+    monkeypatch.setattr(meeting, "JOIN_TIMEOUT", timedelta(seconds=3))
+    names = [(1, ("any", 0)), (1, ("any ", 0)), (0, ("any", 0))]
+    outcomes = meet_in_threads(monkeypatch, names, same="any")
+    assert sorted(map(str, outcomes.values()))[-1].startswith("{")
+    assert meeting.LATE in outcomes.values()
+
+
 def test_the_wait_names_who_is_missing(monkeypatch, capfd):
     monkeypatch.setattr(meeting, "PATIENCE", 0.5)
     monkeypatch.setattr(meeting, "JOIN_TIMEOUT", timedelta(seconds=1.8))
@@ -121,6 +154,28 @@ def test_rank_zero_is_missed_too(monkeypatch, capfd):
     with pytest.raises(UserError, match="the processes cannot meet"):
         meeting.meet(args, 1, 2)
     assert "rank 0 of 2 has not come after 1 s" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("tcp://node7:1234", ("node7", 1234)),
+        ("tcp://[::1]:1234", ("::1", 1234)),
+        ("tcp://node7", "it needs a port"),
+        ("env://", "MASTER_PORT is ''"),
+    ],
+)
+def test_where_to_meet(url, place, monkeypatch):
+    found = []
+    monkeypatch.setattr(dist, "TCPStore", lambda host, port, *_, **__: found.append((host, port)))
+    monkeypatch.setenv("MASTER_ADDR", "node8")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    if isinstance(place, str):
+        with pytest.raises(UserError, match=place):
+            meeting.meet(args_of("--dist_url", url), 0, 2)
+    else:
+        meeting._store(args_of("--dist_url", url), 0, 2)
+        assert found == [place]
 
 
 def test_a_start_has_an_identity_of_its_own(monkeypatch):
@@ -156,23 +211,23 @@ def test_mpirun_needs_no_flag(flags, tmp_path):
 
 CHILD = """
 import os, signal, sys, time
+time.sleep({before})
 sys.path.insert(0, {root!r})
-from util.parents import {function}
+from util.parents import end_with_launcher
 print(os.getpid(), flush=True)
 time.sleep({delay})
-{function}({arguments})
+end_with_launcher()
 print("waits", flush=True)
 time.sleep(60)
 """
 
 
-def start_child(tmp_path, function="end_with_launcher", arguments="", delay=0, **env):
-    """A launcher that starts a process which calls a function of util.parents; its launcher."""
+def start_child(tmp_path, before=0, delay=0, **env):
+    """A launcher that starts a process, and that process's number, if it is known at once."""
     script = tmp_path / "child.py"
-    words = {"root": str(ROOT), "function": function, "arguments": arguments, "delay": delay}
-    script.write_text(CHILD.format(**words))
+    script.write_text(CHILD.format(root=str(ROOT), before=before, delay=delay))
     # The shell waits, as launchers do; its own name tells nothing.
-    command = ["bash", "-c", f"{sys.executable} {script} & wait"]
+    command = ["bash", "-c", f"{sys.executable} {script} & echo $!; wait"]
     clean = {k: v for k, v in os.environ.items() if k not in parents.LAUNCHERS}
     launcher = subprocess.Popen(command, env=clean | env, stdout=subprocess.PIPE, text=True)
     return launcher, int(launcher.stdout.readline())
@@ -190,38 +245,34 @@ def ends(pid: int, seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("when", ["after", "before"])
-def test_a_process_ends_with_its_launcher(when, tmp_path):
+@pytest.mark.parametrize("when", ["after", "while it imports", "before"])
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"])
+def test_a_process_ends_with_its_launcher(name, when, tmp_path):
     """Also one whose launcher has ended before it could ask to be told."""
-    launcher, child = start_child(tmp_path, delay=0.5 * (when == "before"), TORCHELASTIC_RUN_ID="x")
+    delays = {"after": {}, "while it imports": {"delay": 0.5}, "before": {"before": 0.5}}[when]
+    launcher, child = start_child(tmp_path, **delays, **{name: "x"})
+    if when != "before":
+        launcher.stdout.readline()
     if when == "after":
         assert launcher.stdout.readline() == "waits\n"
     launcher.kill()
-    assert ends(child, 10)
+    if when == "before" and name == "SLURM_STEP_ID":  # any may have started it
+        assert not ends(child, 1.5)
+        os.kill(child, signal.SIGKILL)
+    else:
+        assert ends(child, 10)
 
 
 def test_a_process_of_a_shell_outlives_it(tmp_path):
     """As one does that is started with `nohup ... &`, or by cron."""
     launcher, child = start_child(tmp_path)
+    launcher.stdout.readline()
     assert launcher.stdout.readline() == "waits\n"
     launcher.kill()
     assert not ends(child, 1)
     os.kill(child, signal.SIGKILL)
 
 
-def test_a_loader_process_ends_with_a_parent_that_is_gone(tmp_path):
-    """`end_with_parent` knows the parent's number: that it is another now says that it ended."""
-    launcher, child = start_child(
-        tmp_path, "end_with_parent", f"signal.SIGKILL, {os.getpid()}", delay=0
-    )
-    assert ends(child, 5)
-    launcher.wait()
-
-
 def test_start_times_tell_processes_apart():
     assert parents.start_time(os.getpid()) >= parents.start_time(os.getppid()) > 0
     assert parents.start_time(2**22 + 1) == 0
-
-
-def test_a_closed_terminal_is_a_request_to_stop():
-    assert signal.SIGHUP in STOP_SIGNALS

@@ -1,8 +1,13 @@
 """What a resume says: of a finished run, other flags, a damaged checkpoint; and second calls."""
 
+import logging
+import multiprocessing
 import os
 import shutil
 import signal
+import sys
+import threading
+import time
 from argparse import Namespace
 
 import pytest
@@ -144,9 +149,14 @@ def test_names_of_ddp_s_are_taken_by_resuming_and_visualising_too(first, resumed
     assert status == 0, err
 
 
-def test_main_can_be_called_again_in_the_same_process(first, photos, tmp_path):
+def test_main_can_be_called_again_in_the_same_process(first, photos, tmp_path, monkeypatch):
     """As in a notebook: three scripts, then the first one again, to the same bits."""
     flags, _ = first
+    own = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    own.start()
+    hooks = threading.excepthook, sys.unraisablehook
+    monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()])
+    loggers = logging.root.handlers[:]
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def call(script, *words) -> Namespace:
@@ -155,6 +165,11 @@ def test_main_can_be_called_again_in_the_same_process(first, photos, tmp_path):
         script.main(args)
         assert args == before
         assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == handlers
+        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+        assert (threading.excepthook, sys.unraisablehook) == hooks
+        assert logging.root.handlers == loggers
+        assert own.is_alive()
+        assert multiprocessing.active_children() == [own]
         assert not torch.distributed.is_initialized()
         assert not list(tmp_path.rglob(LOCK))
 
@@ -170,4 +185,5 @@ def test_main_can_be_called_again_in_the_same_process(first, photos, tmp_path):
     with pytest.raises(Exception, match="holds a run"):
         call(main_pretrain, *short, "--output_dir", tmp_path / "two")
     call(main_pretrain, *short, "--output_dir", tmp_path / "two", "--overwrite")
+    own.kill()
     assert_same_run(tmp_path / "one", tmp_path / "two")

@@ -22,7 +22,7 @@ from util.args import pretrain_parser
 from util.data.order import EpochSampler
 from util.errors import UserError
 from util.misc import MetricLogger
-from util.run import checkpoint, training
+from util.run import checkpoint, interrupt, training
 from util.run import run as util_run
 from util.run.interrupt import Interrupts
 
@@ -132,7 +132,8 @@ def test_a_signal_during_evaluation_loses_nothing(
     assert (state["epoch"], state["images"]) == (epoch - 1, 48)
     trained = []
     at_step(monkeypatch, epoch, 0, lambda: trained.append(epoch))
-    assert run_main(script, *again) == 0
+    # with workers, too, which have nothing to load any more
+    assert run_main(script, *again, "--num_workers", epoch) == 0
     assert not trained
     assert_same_run(tmp_path / "out", tmp_path / "again")
 
@@ -189,6 +190,28 @@ def run_of(tmp_path, processes: int, monkeypatch, **flags) -> util_run.Run:
     words = [f"--{name}={value}" for name, value in flags.items()]
     words += ["--resume", str(tmp_path / "saved.pth"), "--output_dir", ""]
     return util_run.Run(pretrain_parser().parse_args(["--data_path", "x", *words]))
+
+
+def test_a_launcher_that_ended_during_the_start_is_noticed_at_the_first_step(monkeypatch):
+    """Another's handler took the signal: submitit's ignores SIGTERM until training replaces it."""
+    monkeypatch.setattr(interrupt, "launcher_has_ended", lambda: True)
+    try:
+        assert Interrupts(60).poll()[0] == signal.SIGTERM
+    finally:
+        interrupt.restore_handlers()
+
+
+@pytest.mark.parametrize(
+    ("number", "kept"), [(signal.SIGHUP, True), (signal.SIGINT, True), (signal.SIGTERM, False)]
+)
+def test_a_hangup_may_be_ignored_but_no_request_to_stop(number, kept, monkeypatch):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        Interrupts(60).poll()
+        assert (signal.getsignal(number) is signal.SIG_IGN) == kept
+    finally:
+        interrupt.restore_handlers()
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,15 @@ def test_two_tasks_train_as_torchrun_does(place, reference, tmp_path):
     assert_same_state(job.output, reference)
 
 
+def test_srun_needs_no_flag(reference, tmp_path):
+    """On one machine, where its processes can find each other by the job's number."""
+    words = [sys.executable, "main_pretrain.py", *RUN, "--output_dir", tmp_path / "out"]
+    command = ["srun", "-N", "1", "-n", "2", "-c", "1", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert_same_state(tmp_path / "out", reference)
+
+
 def test_a_job_goes_on_after_its_time_limit(reference, tmp_path):
     job = Submitted(tmp_path, *TWO_NODES, "--timeout", "1")
     job.wait_for_line(r"epoch 0 \[")

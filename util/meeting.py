@@ -5,14 +5,16 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
 from util.errors import UserError
-from util.parents import start_time, started_by
+from util.parents import launcher_has_ended, start_time, started_by
 
 JOIN_TIMEOUT = timedelta(minutes=15)  # from the first process's start to the last's
 PATIENCE = 60.0  # seconds of waiting between two lines about it
@@ -24,7 +26,8 @@ SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
 OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE")
 MPICH = ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE")
 MPI_LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")  # processes of this machine
-MPI_PORTS = 20000  # the first of as many
+FIRST_PORT, PORTS = 10000, 20000  # systems give clients ports from 32768 on
+LATE = "this process belongs to an earlier start of the run, and ends"
 
 
 def place(args: argparse.Namespace) -> tuple[int, int, int]:
@@ -34,14 +37,16 @@ def place(args: argparse.Namespace) -> tuple[int, int, int]:
         UserError: the launcher's environment is incomplete.
     """
     env = os.environ
+    # One that starts the other's helpers, as srun does mpirun's, has fewer processes, or one.
+    several = [names for names in (OPEN_MPI, SRUN, MPICH) if env.get(names[2], "1") != "1"]
     if args.dist_on_itp:
         names = OPEN_MPI
     elif "RANK" in env and "WORLD_SIZE" in env:  # torchrun, torch.distributed.launch
         names = TORCHRUN
-    elif "SLURM_STEP_NUM_TASKS" in env:  # srun; absent in the batch script itself
+    elif several:
+        names = max(several, key=lambda names: (names[0] in env, len(env[names[2]]), env[names[2]]))
+    elif SRUN[2] in env:  # absent in the batch script itself
         names = SRUN
-    elif several := [names for names in (OPEN_MPI, MPICH) if env.get(names[2], "1") != "1"]:
-        names = several[0]
     else:
         rank = max(args.local_rank, 0)
         return rank, rank, args.world_size
@@ -76,13 +81,24 @@ def _store(args: argparse.Namespace, rank: int, world_size: int) -> dist.Store:
         # Under torchrun, whatever dist_url is: before torch 2.14, tcp:// would look for a store at
         # its port, where there is none.
         url = "env://" if agent else url
-        return next(dist.rendezvous(url, rank, world_size, timeout=JOIN_TIMEOUT))[0]
+        store = next(dist.rendezvous(url, rank, world_size, timeout=JOIN_TIMEOUT))[0]
+        # torchrun gives each restart a part of its store, but each machine's counts its own.
+        return store.underlying_store if isinstance(store, dist.PrefixStore) else store
     if url != "env://":
-        host, _, port = url.removeprefix("tcp://").rpartition(":")
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+        if port is None:
+            raise ValueError("it needs a port, as in tcp://HOST:PORT")
     elif "MASTER_ADDR" in env:
         host, port = env["MASTER_ADDR"], env.get("MASTER_PORT", "")
+        if not port.isdigit():
+            raise ValueError(f"MASTER_ADDR is set, but MASTER_PORT is {port!r}")
     elif str(world_size) in (env.get(name) for name in MPI_LOCAL_SIZES):
-        host, port = "localhost", str(MPI_PORTS + os.getppid() % MPI_PORTS)
+        name = OPEN_MPI[0] if OPEN_MPI[0] in env else MPICH[0]
+        host, port = "localhost", FIRST_PORT + started_by(name) % PORTS
+    elif env.get("SLURM_STEP_NUM_NODES") == "1":
+        step = int(env["SLURM_JOB_ID"]) * 7 + int(env["SLURM_STEP_ID"])
+        host, port = "localhost", FIRST_PORT + step % PORTS
     else:
         raise ValueError("give --dist_url tcp://HOST:PORT, of rank 0's machine")
     with _reminder(lambda: f"rank 0 of {world_size} has not come"):
@@ -90,41 +106,72 @@ def _store(args: argparse.Namespace, rank: int, world_size: int) -> dist.Store:
 
 
 def _wait_for_all(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """A launcher's store exists before the processes do, and nccl does not wait for them.
+    """Rank 0 calls, the others answer its call; each call has a part of the store to itself.
 
-    It may also meet with processes of an earlier start that have lived on. So each start has a part
-    of the store to itself, and the earlier one's end.
+    A launcher's store exists before the processes do, and may outlive them: what an earlier start
+    left there is no answer to a new call, and whoever still waits there is told that it is late.
     """
     start, number = identity()
-    own = dist.PrefixStore(f"{start}/{number}", store)
-    own.set(f"here/{rank}", "")
-    begin, absent = time.monotonic(), list(range(world_size))
+    store = dist.PrefixStore(start, store)
+    own, begin, absent = uuid.uuid4().hex, time.monotonic(), set(range(world_size))
+    found = _called(store)
+    if rank == 0:
+        _check_newest(found, number)
+        store.set("call", f"{number} {own}")
 
     def missing() -> str:
-        first = next(other for other in range(world_size) if other not in absent)
-        who = ", ".join(map(str, absent[:8])) + ", ..." * (len(absent) > 8)
-        return f"rank {who} of {world_size} has not come" if rank == first else ""
+        if rank > 0:
+            return "" if rank > 1 or not absent else f"rank 0 of {world_size} has not come"
+        who = sorted(absent)
+        listed = ", ".join(map(str, who[:8])) + ", ..." * (len(who) > 8)
+        return f"rank {listed} of {world_size} has not come"
 
     with _reminder(missing):
         while True:
-            newest = int(store.compare_set(f"newest/{start}", "", str(number)))
-            if newest > number:
-                raise UserError("this process belongs to an earlier start of the run, and ends")
-            if newest < number:
-                store.set(f"newest/{start}", str(number))
-            absent = [other for other in absent if not own.check([f"here/{other}"])]
-            if not absent:
-                return own
+            if launcher_has_ended():
+                raise UserError("the launcher has ended")
+            call = _called(store)
+            _check_newest(call, number)
+            if rank == 0:
+                if call != (number, own):
+                    raise UserError(LATE)
+                here = [other for other in absent if store.check([f"{own}/{other}"])]
+                absent.difference_update(here, {0})
+                if not absent:
+                    store.set(f"{own}/go", "")
+                    return dist.PrefixStore(own, store)
+            elif call is not None and call[0] == number:
+                answer = store.compare_set(f"{call[1]}/{rank}", "", own).decode()
+                if answer == own:
+                    absent.clear()  # it is rank 0 that knows who is missing
+                    if store.check([f"{call[1]}/go"]):
+                        return dist.PrefixStore(call[1], store)
+                elif call != found:  # another has this rank in a start that is newer than we are
+                    raise UserError(LATE)
             if time.monotonic() - begin > JOIN_TIMEOUT.total_seconds():
                 raise RuntimeError(missing() or "some have not come")
             time.sleep(POLL)
+
+
+def _called(store: dist.Store) -> tuple[int, str] | None:
+    """The latest start that rank 0 has called to: its number and name."""
+    if not store.check(["call"]):
+        return None
+    number, name = store.get("call").decode().split()
+    return int(number), name
+
+
+def _check_newest(call: tuple[int, str] | None, number: int) -> None:
+    """Raises UserError where there is a later start than this process's."""
+    if call is not None and call[0] > number:
+        raise UserError(LATE)
 
 
 def identity() -> tuple[str, int]:
     """What this start shares with no other that may meet at the same place, and its number.
 
     Of torchrun on one machine, when it began and the restarts that it counts; of SLURM, the job's
-    restarts. Several torchruns make a new store for every restart.
+    restarts. Several torchruns count restarts each for itself.
     """
     env = os.environ
     if env.get("GROUP_WORLD_SIZE") == "1":
@@ -132,7 +179,7 @@ def identity() -> tuple[str, int]:
         return "torchrun", 1000 * start_time(started_by("TORCHELASTIC_RUN_ID")) + restarts
     if "SLURM_JOB_ID" in env:
         return f"slurm-{env['SLURM_JOB_ID']}", int(env.get("SLURM_RESTART_COUNT", 0))
-    return "any", 0
+    return env.get("TORCHELASTIC_RUN_ID", "any"), 0
 
 
 @contextmanager

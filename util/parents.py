@@ -1,9 +1,13 @@
-"""Processes that end when the one that started them does; by Linux's parent-death signal."""
+"""Processes that end when the one that started them does; by Linux's parent-death signal.
+
+To be imported before torch, which takes seconds: what started this process may end meanwhile.
+"""
 
 import contextlib
 import ctypes
 import os
 import signal
+import sys
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -11,21 +15,23 @@ PR_SET_PDEATHSIG = 1
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 LAUNCHERS += ("SUBMITIT_LOCAL_JOB_ID",)
 ORPHANAGES = ("systemd", "init", "tini", "dumb-init", "docker-init", "catatonit")  # adopt orphans
-STARTERS = ("torch", "accelerate", "submitit", "mpi", "srun")  # in the command of a launcher
+TORCHRUNS = ("python", "torchrun", "accelerate")  # its own names, where a container starts it
+
+_parent = os.getppid()
 
 
-def end_with_parent(number: signal.Signals, parent: int | None = None) -> None:
-    """Has the kernel send this process a signal when its parent ends.
+def _remember() -> None:
+    global _parent
+    _parent = os.getppid()
 
-    Args:
-        parent: its pid, if known; where it has ended already, the signal is sent at once.
-    """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is None:
-        return
-    prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-    if parent not in (None, os.getppid()):
-        os.kill(os.getpid(), number)
+
+os.register_at_fork(after_in_child=_remember)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Has the kernel send this process a signal when its parent ends; where that is Linux's."""
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
+        prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def end_with_launcher() -> None:
@@ -35,20 +41,27 @@ def end_with_launcher() -> None:
     """
     if any(name in os.environ for name in LAUNCHERS):
         end_with_parent(signal.SIGTERM)
-        if _is_orphan():
+        if launcher_has_ended():
+            print("the launcher has ended, and so does this process", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _is_orphan() -> bool:
-    """Whether the launcher has ended already: then this process has been adopted."""
-    parent = os.getppid()
-    try:
+def launcher_has_ended() -> bool:
+    """Whether a launcher started this process, and has left it to be adopted."""
+    if not any(name in os.environ for name in LAUNCHERS):
+        return False
+    return os.getppid() != _parent or _is_adopted()
+
+
+def _is_adopted() -> bool:
+    """Whether torchrun, the parent of what it starts, ended before this process could look."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    with contextlib.suppress(OSError):  # what is hidden from us is no reason to end
+        parent = os.getppid()
         name = Path(f"/proc/{parent}/comm").read_text().strip()
-        command = Path(f"/proc/{parent}/cmdline").read_text()
-    except OSError:  # ended since
-        return True
-    adopted = parent == 1 or name in ORPHANAGES
-    return adopted and not any(starter in command for starter in STARTERS)
+        return name in ORPHANAGES or (parent == 1 and not name.startswith(TORCHRUNS))
+    return False
 
 
 def start_time(pid: int) -> int:

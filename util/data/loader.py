@@ -3,12 +3,15 @@
 import argparse
 import contextlib
 import logging
+import math
+import multiprocessing.process
 import multiprocessing.queues
 import os
 import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -32,6 +35,7 @@ BAD_LIST = "bad-images.txt"
 SHARED_MEMORY = Path("/dev/shm")
 
 _warned_of: set[str] = set()  # files
+_processes: set[multiprocessing.process.BaseProcess] = set()
 
 
 class DeviceLoader(DataLoader):
@@ -81,21 +85,31 @@ class DeviceLoader(DataLoader):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _check_shared_memory(self) -> None:
-        """Raises UserError where loader processes would fill /dev/shm, through which batches go."""
-        sample = self.collate_fn([self.dataset[next(iter(self.sampler))]])
+        """Raises UserError where loader processes would fill /dev/shm, through which batches go.
+
+        Every rank calls it before any has started such processes.
+        """
+        free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else math.inf
+        hosts, here = [None] * get_world_size(), socket.gethostname()
+        if get_world_size() > 1:
+            dist.all_gather_object(hosts, here, group=host_group())
+        key = next(iter(self.sampler), None)
+        if key is None:  # nothing is left of the epoch
+            return
         waiting = self.batch_size * self.prefetch_factor * self.num_workers
-        need = _size(sample) * waiting * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if SHARED_MEMORY.exists() and need > shutil.disk_usage(SHARED_MEMORY).free:
+        need = _size(self.collate_fn([self.dataset[key]])) * waiting * max(1, hosts.count(here))
+        if need > free:
             raise UserError(
                 f"--num_workers {self.num_workers}: loader processes put up to {need / 1e6:.0f} MB "
                 f"of batches into shared memory; {_shared_memory()}"
             )
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        if self.num_workers:
+        if self.num_workers and self._iterator is None:
             self._check_shared_memory()
         try:
             batches = super().__iter__()
+            _processes.update(getattr(batches, "_workers", ()))
         except OSError as error:  # too many open files, no memory for another process
             sys.unraisablehook = lambda _: None  # torch's loader, half made, complains at its end
             raise UserError(f"cannot start {self.num_workers} workers: {error.strerror}") from None
@@ -165,6 +179,14 @@ def eval_loader(
     return DeviceLoader(dataset, EvalSampler(dataset, share), args, device, **options)
 
 
+def end_loaders() -> None:
+    """Kills the loader processes that are left, which may be waiting for a file forever."""
+    while _processes:
+        process = _processes.pop()
+        if process.is_alive():
+            process.kill()
+
+
 def explain(error: Exception) -> str | None:
     """One line about loader processes that died or cannot be heard; None for other errors."""
     text, (files, _) = str(error), resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -174,7 +196,8 @@ def explain(error: Exception) -> str | None:
     if "out of shared memory" in text or "shared memory(shm)" in text:
         return f"a loader process is out of shared memory: {_shared_memory()}"
     if re.match("DataLoader worker .*(exited|killed)", text):  # else a dataset's own error
-        return f"{text.partition('. ')[0]}; {_shared_memory()}; {limit}"
+        memory = "; is the machine's memory full?" if "signal: Killed" in text else ""
+        return f"{text.partition('. ')[0]}{memory}; {_shared_memory()}; {limit}"
     return None
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from util.distributed import from_rank_zero, get_world_size, host_group
 from util.errors import STOP_SIGNALS, Stopped
+from util.parents import launcher_has_ended
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class Interrupts:
         """
         if not self._polled:
             self._polled = True
+            if launcher_has_ended():  # while another's handler took the signal, as submitit's does
+                self._requested = signal.SIGTERM
             for number in STOP_SIGNALS:
                 _handle(number, self._on_signal)
         due = time.monotonic() - self._since >= self.save_interval
@@ -80,7 +83,10 @@ _before: dict[int, Any] = {}  # handlers, by signal
 
 
 def _handle(number: int, handler: Callable) -> None:
-    ignored = signal.getsignal(number) is signal.SIG_IGN  # by nohup, or a shell's &
+    # by nohup, or a shell's &
+    ignored = (
+        number in (signal.SIGHUP, signal.SIGINT) and signal.getsignal(number) is signal.SIG_IGN
+    )
     if threading.current_thread() is threading.main_thread() and not ignored:  # no other may
         _before.setdefault(number, signal.getsignal(number))
         signal.signal(number, handler)

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from util.data.loader import explain
+from util.data.loader import end_loaders, explain
 from util.distributed import get_rank, get_world_size
 from util.errors import STOP_SIGNALS, Stopped, UserError
 from util.parents import end_with_launcher
@@ -26,6 +25,7 @@ from util.run.lock import release_locks
 logger = logging.getLogger(__name__)
 
 PEER_LOST = "another process of this run died or hung, see its own messages"
+_launched = False  # by `launch`, after which the process ends
 RANK_ZERO_FIRST = 1.0  # seconds: most errors are met by all ranks, and one line is enough
 
 
@@ -38,24 +38,42 @@ def session(main: Callable[[Namespace], None]) -> Callable[[Namespace], None]:
 
     @functools.wraps(main)
     def run(args: Namespace) -> None:
+        before = Surroundings() if not _launched else None
         try:
             main(Namespace(**vars(args)))
         except BaseException:
             if get_world_size() == 1:
-                tear_down()
+                tear_down(before)
             raise
-        tear_down()
+        tear_down(before)
 
     return run
 
 
-def tear_down() -> None:
-    """Ends loader processes and the process group, releases locks, restores signals."""
+class Surroundings:
+    """What a run changes of its process: logging, hooks, SIGCHLD; to be put back."""
+
+    def __init__(self):
+        self.handlers, self.level = logging.root.handlers[:], logging.root.level
+        self.hooks = threading.excepthook, sys.unraisablehook
+        self.on_child = signal.getsignal(signal.SIGCHLD)
+
+    def restore(self) -> None:
+        logging.root.handlers[:], logging.root.level = self.handlers, self.level
+        threading.excepthook, sys.unraisablehook = self.hooks
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, self.on_child)
+
+
+def tear_down(before: Surroundings | None = None) -> None:
+    """Ends loader processes and the process group, releases locks, restores what was before."""
     _end_loaders()
     if dist.is_initialized():
         dist.destroy_process_group()
     release_locks()
     restore_handlers()
+    if before is not None:
+        before.restore()
 
 
 def launch(main: Callable[[Namespace], None], args: Namespace) -> None:
@@ -63,6 +81,8 @@ def launch(main: Callable[[Namespace], None], args: Namespace) -> None:
 
     A process that fails ends at once, without waiting for the others; these notice and end too.
     """
+    global _launched
+    _launched = True
     end_with_launcher()
     try:
         try:
@@ -84,6 +104,7 @@ def launch(main: Callable[[Namespace], None], args: Namespace) -> None:
             _leave()
         finally:
             tear_down()
+            _launched = False
     except Stopped as stopped:  # also one that comes while an error is handled
         after = " after saving; --resume auto continues from here" if stopped.saved else ""
         logger.info(f"stopped by {stopped}{after}")
@@ -115,11 +136,9 @@ def _fail(message: str) -> None:
 
 
 def _end_loaders() -> None:
-    """Kills the loader processes that are left, which may be waiting for a file forever."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report an accident
-    for process in multiprocessing.active_children():
-        process.kill()
+    end_loaders()
 
 
 def _leave() -> None:

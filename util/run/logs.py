@@ -33,6 +33,8 @@ USUAL_PATCHES = 1024  # of an image, at most: 512 pixels in patches of 16
 def log_to_console() -> None:
     """Prints logged lines: rank 0's, and other ranks' warnings; no tracebacks of TensorBoard's."""
     rank = get_rank()
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # in a locale without unicode
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s",
@@ -47,7 +49,8 @@ class Console(logging.StreamHandler):
     """Given up quietly when it is gone (`| head`, a closed terminal, a full disk)."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError | ValueError):
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError | ValueError) or isinstance(error, UnicodeError):
             super().handleError(record)
             return
         with contextlib.suppress(OSError, ValueError):  # what is left to flush goes nowhere
@@ -137,7 +140,8 @@ class RunLog:
             self._writer = None  # it stops at its first error; the next one starts a new file
             logger.warning(f"warning: cannot write to {self._folder}: {error.strerror}")
         except UnicodeError:  # LC_ALL=C, and a folder whose name is not ASCII
-            logger.warning(f"warning: no TensorBoard: its files' names cannot be {self._folder}")
+            why = "it cannot write to a folder of that name in this locale"
+            logger.warning(f"warning: no TensorBoard in {self._folder}: {why}")
             self._folder = ""
 
     def close(self) -> None:

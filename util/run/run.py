@@ -23,7 +23,7 @@ from util.recipes import RECIPES
 from util.run.checkpoint import BEST, LAST, NUMBERED, load, save
 from util.run.folder import claim_folder, open_folder
 from util.run.interrupt import Interrupts
-from util.run.lock import beat
+from util.run.lock import check_locks
 from util.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ EXPERIMENT = (
 INDIFFERENT = (
     "device", "num_workers", "pin_mem", "output_dir", "log_dir", "save_freq", "save_interval",
     "keep_last", "resume", "overwrite", "start_epoch", "compile", "world_size", "local_rank",
-    "dist_on_itp", "dist_url", "eval", "dist_eval", "eval_freq", "grad_checkpointing",
+    "dist_on_itp", "dist_url", "eval", "dist_eval", "eval_freq", "grad_checkpointing", "finetune",
 )  # fmt: skip
 SCHEDULE = "the learning rate follows the new schedule from here on"
 IMAGES = "the epoch continues at the same image, in steps of the new size"
@@ -67,7 +67,7 @@ class Run:
         folder: of the checkpoints; None for none.
         _model, _states; _loader, _metrics: what is saved, registered by `resume` and `begin`.
         _resumed, _source: the checkpoint to resume, until all of it is loaded, and its path.
-        _interrupts, _given_accum_iter: stop requests and the clock; the flag as it was given.
+        _interrupts, _given: stop requests and the clock; flags as they were given.
         _steps: of an epoch.
         _saved: the position of the last save.
     Raises:
@@ -77,7 +77,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         from_rank_zero(lambda: claim_folder(args))
-        self.args, self._given_accum_iter = args, args.accum_iter
+        self.args, self._given = args, {"accum_iter": args.accum_iter, "lr": args.lr}
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.epoch, self.step, self.best = args.start_epoch, 0, -math.inf
         self.offset, self._steps, self._saved = 0, 0, ""
@@ -154,7 +154,9 @@ class Run:
         self.best = state.get("best", self.best)
         self._saved = f"epoch {self.epoch}, step {self.step}"
         logger.info(f"resumed {path}: {self._saved}")
-        tell_changes(state.get("args", {}), self.args)
+        given = {name: state[key] for name in self._given if (key := f"given_{name}") in state}
+        before = state.get("args", {}) | {"lr": self._given["lr"]} | given
+        tell_changes(before, vars(self.args) | self._given)
         if self.epoch >= (epochs := self.args.epochs):
             logger.info(f"all {epochs} epochs are done; a larger --epochs trains longer")
 
@@ -201,7 +203,7 @@ class Run:
             Stopped: some rank got a signal; on all ranks, after saving.
         """
         number, due = self._interrupts.poll()
-        beat()
+        check_locks()
         if not (number or due):
             return
         if check is not None:
@@ -241,7 +243,8 @@ class Run:
         """Tries all files; raises UserError with the first failure, if it is the last chance."""
         state = {name: part.state_dict() for name, part in self._states.items()} | position
         state |= {"model": self._model.state_dict(), "epoch": self.epoch - 1}
-        state |= {"args": vars(self.args), "given_accum_iter": self._given_accum_iter}
+        state |= {"args": vars(self.args), "given_accum_iter": self._given["accum_iter"]}
+        state["given_lr"] = self._given["lr"]
         state |= {"world_size": get_world_size(), "global_batch": global_batch(self.args)}
         state |= {"bad_images": sorted(self._loader.bad), "best": self.best}
         state["logged_steps"] = self.offset + self.epoch * self._steps + self.step
@@ -309,9 +312,9 @@ def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: st
             )
 
 
-def tell_changes(before: dict[str, Any], args: argparse.Namespace) -> None:
+def tell_changes(before: dict[str, Any], flags: dict[str, Any]) -> None:
     """Prints which flags differ from those of the checkpoint, and what that means."""
-    for name, value in vars(args).items():
+    for name, value in flags.items():
         if name in before and before[name] != value and name not in INDIFFERENT:
             meaning = MEANING.get(name, "it holds from here on")
             logger.info(f"changed: --{name} was {before[name]}, is {value}: {meaning}")
