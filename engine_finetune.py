@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from util.data.loader import DeviceLoader, eval_loader, to_device
 from util.data.order import SeededDataset
-from util.data.transforms import eval_transform
+from util.data.survey import inherit_pixels, settle_pixels
+from util.data.transforms import eval_transform_of
 from util.datasets import open_labelled
 from util.distributed import (
     broadcast_buffers,
@@ -61,22 +62,24 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
     log_to_console()
     run = Run(args)
     source = args.resume if args.eval else args.finetune
-    weights = load(source)["model"] if source else None
+    state = load(source) if source else {}
+    inherit_pixels(args, state.get("args", {}), source)
     train, val, classes = from_rank_zero(
         lambda: open_labelled(args.data_path, args.nb_classes, args.val_fraction, args.output_dir)
     )
-    val_data = SeededDataset(val, eval_transform(args.input_size), args.seed)
+    run.data = settle_pixels(args, train=train, val=val)
+    val_data = SeededDataset(val, eval_transform_of(args), args.seed)
     val_loader = eval_loader(val_data, args, device, share=args.dist_eval)
 
     seed_all(args.seed)
     precision = Precision(args.precision, device)
     model = build(args, classes)
-    if weights is None:
+    if not state:
         logger.info("encoder: random, since --finetune names no weights")
     elif args.eval:
-        load_model(model, weights, source)
+        load_model(model, state["model"], source)
     else:
-        load_encoder(model, weights, source)
+        load_encoder(model, state["model"], source, state.get("args"))
     return Task(run, train, val, val_loader, model.to(device), precision)
 
 

@@ -26,8 +26,8 @@ from util.run.training import Training
 
 @session
 def main(args: argparse.Namespace) -> None:
-    train_transform = build_transform(True, args)
     task = set_up(args, build_model)
+    train_transform = build_transform(True, args)
     if args.eval:
         report(task)
         return

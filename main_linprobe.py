@@ -18,7 +18,7 @@ from model_vit import build_probe
 from util.args import linprobe_parser as get_args_parser
 from util.data.loader import eval_loader, train_loader
 from util.data.order import SeededDataset
-from util.data.transforms import probe_transform
+from util.data.transforms import probe_transform_of
 from util.features import encode, encoder_knn
 from util.lars import LARS
 from util.run.launch import launch, session
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
         val_loader = eval_loader(val, args, device, share=args.dist_eval, num_workers=0)
     else:
         trained, val_loader = model, task.val_loader
-        data = SeededDataset(task.train, probe_transform(args.input_size), args.seed)
+        data = SeededDataset(task.train, probe_transform_of(args), args.seed)
         loader = train_loader(data, args, device)
     fit(Training(trained, loader, optimizer, precision, args, task.run), val_loader)
 

@@ -23,6 +23,9 @@ from model_mae import build_model
 from util.args import pretrain_parser as get_args_parser
 from util.data.loader import train_loader
 from util.data.order import SeededDataset
+from util.data.pixels import Pixels
+from util.data.survey import settle_pixels
+from util.data.transforms import eval_transform_of
 from util.datasets import open_dataset, open_labelled
 from util.distributed import from_rank_zero, init_distributed_mode, is_main_process
 from util.features import encoder_knn
@@ -46,6 +49,7 @@ def main(args: Namespace) -> None:
     log_to_console()
     run = Run(args)
     images, val, _ = from_rank_zero(lambda: open_images(args))
+    run.data = settle_pixels(args, train=images, val=val)
     transform = two_crops(args)
     data = SeededDataset(images, transform, args.seed)
     loader = train_loader(data, args, device, finish=transform.finish)
@@ -61,7 +65,7 @@ def main(args: Namespace) -> None:
     run.resume(model, optimizer=optimizer, scaler=precision.scaler)
     training = Training(model, loader, optimizer, precision, args, run)
     describe_run(args, model, precision, training.steps)
-    preview = preview_images(images, PREVIEW_IMAGES, args.input_size)
+    preview = preview_images(images, PREVIEW_IMAGES, eval_transform_of(args, crop=1.0))
     for epoch in range(run.epoch, args.epochs):
         stats = train_one_epoch(training, args, epoch)
         tests = {}
@@ -70,7 +74,7 @@ def main(args: Namespace) -> None:
             logger.info(f"epoch {epoch}: kNN top-1 {tests['knn_acc1']:.2f} %")
         training.log.add_epoch(epoch, stats, tests)
         if model.reconstruct and is_main_process():
-            grid = reconstruction_grid(model, preview.to(device), args.mask_ratio)
+            grid = reconstruction_grid(model, preview.to(device), args.mask_ratio, Pixels.of(args))
             training.log.add_image("reconstruction", grid, epoch)
         run.save(epoch)
     training.log.close()

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from loss_contrastive import projection_head
 from util.errors import UserError
 from util.recipes import Parts
-from util.sizes import SIZES, image_side, size_of
+from util.sizes import SIZES, height_width, image_size, size_of
 from util.weights import NORM_LAYER, initialize_encoder, load_model, set_positions
 
 POOLED = {"all": slice(None), "patches": slice(1, None), "cls": slice(1)}  # tokens to contrast
@@ -306,10 +306,11 @@ globals().update(MODELS)  # for `from model_mae import mae_vit_base_patch16`
 
 def build_model(args: argparse.Namespace) -> MaskedAutoencoderViT:
     """The model that main_pretrain.py's flags describe."""
-    return _build(args.model, vars(args), img_size=args.input_size)
+    sizes = {"img_size": height_width(args.input_size), "patch_size": args.patch_size}
+    return _build(args.model, vars(args), **sizes, in_chans=args.in_chans or 3)
 
 
-def _build(name: str, flags: dict[str, Any], **sizes: int) -> MaskedAutoencoderViT:
+def _build(name: str, flags: dict[str, Any], **sizes: Any) -> MaskedAutoencoderViT:
     """The model that flags describe; MAE's where there are none."""
     return MODELS[name](
         **sizes,
@@ -337,9 +338,10 @@ def model_from_checkpoint(
     name = f"mae_vit_{size_of(weights, source)}"
     if "decoder_pred.weight" not in weights:
         raise UserError(f"{source} is not a pretraining checkpoint: it has no decoder_pred.weight")
-    sizes = {"img_size": image_side(weights, source)}
-    sizes["in_chans"] = weights["patch_embed.proj.weight"].shape[1]
-    model = _build(name, {"norm_pix_loss": norm_pix_loss} | state.get("args", {}), **sizes)
+    flags = state.get("args", {})
+    _, in_chans, patch, _ = weights["patch_embed.proj.weight"].shape
+    sizes = {"img_size": image_size(weights, source, flags), "patch_size": patch}
+    model = _build(name, {"norm_pix_loss": norm_pix_loss} | flags, **sizes, in_chans=in_chans)
     # MAE's own checkpoints lack these parts of CAN, and do not need them.
     absent = () if model.noise_loss else ("projection_head.", "noise_pe_mlp.")
     unused = {name: t for name, t in model.state_dict().items() if name.startswith(absent)}

@@ -5,13 +5,14 @@ Shapes: N images, C channels, H x W pixels, D encoder width.
 
 import argparse
 from functools import partial
+from typing import Any
 
 import timm.models.vision_transformer
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from util.sizes import SIZES, size_name
+from util.sizes import SIZES, height_width, size_name
 from util.weights import NORM_LAYER, initialize_encoder
 
 
@@ -78,10 +79,16 @@ MODELS = {
 globals().update(MODELS)  # for `from model_vit import vit_base_patch16`
 
 
+def input_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What flags say of a model's input."""
+    sizes = {"img_size": height_width(args.input_size), "patch_size": args.patch_size}
+    return sizes | {"in_chans": args.in_chans or 3}
+
+
 def build_model(args: argparse.Namespace, num_classes: int) -> VisionTransformer:
     """The classifier that main_finetune.py's flags describe."""
     model = MODELS[args.model](
-        img_size=args.input_size,
+        **input_arguments(args),
         global_pool=args.global_pool,
         drop_path_rate=args.drop_path,
         num_classes=num_classes,
@@ -93,8 +100,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> VisionTransformer
 def build_probe(args: argparse.Namespace, num_classes: int) -> LinearProbe:
     """The probe that main_linprobe.py's flags describe."""
     return LinearProbe(
-        **SIZES[size_name(args.model)].encoder(),
-        img_size=args.input_size,
+        **SIZES[size_name(args.model)].encoder() | input_arguments(args),
         global_pool=args.global_pool,
         num_classes=num_classes,
     )

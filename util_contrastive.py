@@ -13,8 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from util.data.augment import AFTER, BEFORE, BLUR_RADIUS, IDENTITY, augment
-from util.data.images import decode, upright_size
+from util.data.images import NotPillows, upright_size
 from util.data.loader import to_device
+from util.data.pixels import RGB, Pixels
+from util.data.transforms import Turn
+from util.sizes import Side, height_width
 
 # The recipe: strengths are SimCLR's, as in the public CAN release.
 CROP_SCALE = (0.2, 1.0)  # share of the image's area
@@ -76,59 +79,114 @@ def draw_parameters(blur_prob: float = BLUR_PROB, jitter: T.ColorJitter | None =
     return torch.tensor([v for blend in before + after for v in blend] + [hue, sigma])
 
 
+UNCHANGED = torch.tensor((*IDENTITY * (BEFORE + AFTER), 0.0, 0.0))
+
+
+def without_colours(parameters: Tensor) -> Tensor:
+    """Parameters [23] without saturation, hue and greyscale, which only RGB has."""
+    blends = parameters[:-2].unflatten(0, (-1, 3)).clone()
+    blends[blends[:, 1] != 0] = torch.tensor(IDENTITY)
+    return torch.cat([blends.flatten(), parameters.new_zeros(1), parameters[-1:]])
+
+
 class TwoCrops:
-    """Two views [3, S, S], float32, normalised, of a PIL image, best one that is not decoded yet.
+    """Two views [C, H, W], float32, normalised, of an image, best one that is not decoded yet.
 
     Args:
-        input_size: S, in pixels.
-        defer: leave all but the cropping to `finish`, for whole batches. A view is then a uint8
-            crop [3, S, S] and the parameters [23] drawn for it.
+        input_size: a side in pixels, or (H, W).
+        defer: leave all but the cropping to `finish`, for whole batches. A view is then a crop
+            [C, H, W], as `Pixels.decode` has it, and the parameters [23] drawn for it.
         blur_prob: how often a view is blurred.
         crop_scale: the range of a crop's share of the image's area.
         jitter_strength: of the colours; 1 is SimCLR's.
+        pixels: of the files.
+        level: `ssl` is SimCLR's augmentation; `weak` only crops, flips and turns; `none` shows the
+            middle of the image, twice.
+        flip, rotate90: --flip and --rotate90.
     """
-
-    decodes = True  # takes images that are not decoded yet
 
     def __init__(
         self,
-        input_size: int,
+        input_size: Side,
         defer: bool = False,
         blur_prob: float = BLUR_PROB,
         crop_scale: tuple[float, float] = CROP_SCALE,
         jitter_strength: float = JITTER_STRENGTH,
+        pixels: Pixels = RGB,
+        level: str = "ssl",
+        flip: str | None = None,
+        rotate90: bool = False,
     ):
         self.input_size, self.defer, self.blur_prob = input_size, defer, blur_prob
         self.crop_scale, self.jitter = crop_scale, color_jitter(jitter_strength)
+        self.pixels, self.level, self.rotate90 = pixels, level, rotate90
+        self.flip = flip or ("none" if level == "none" else "horizontal")
 
-    def __call__(self, image: Image.Image) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
+    def __call__(
+        self, image: Image.Image | NotPillows
+    ) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
         width, height = upright_size(image)
         canvas = torch.empty(1, height, width, device="meta")  # a size, and no pixels
+        rows, columns = height_width(self.input_size)
+        aspect = tuple(ratio * columns / rows for ratio in CROP_ASPECT)
         boxes, parameters = [], []
         for _ in range(2):
-            boxes.append(T.RandomResizedCrop.get_params(canvas, self.crop_scale, CROP_ASPECT))
-            parameters.append(draw_parameters(self.blur_prob, self.jitter))
-        crops = cut(image, boxes, self.input_size)
-        crops = [crop.flip(-1) if torch.rand(()) < FLIP_P else crop for crop in crops]
+            if self.level == "none":
+                boxes.append(middle_box(height, width, columns / rows))
+            else:
+                boxes.append(T.RandomResizedCrop.get_params(canvas, self.crop_scale, aspect))
+            parameters.append(
+                draw_parameters(self.blur_prob, self.jitter) if self.level == "ssl" else UNCHANGED
+            )
+        crops = [self._turned(crop) for crop in cut(image, boxes, (rows, columns), self.pixels)]
+        if not self.pixels.has_colours:
+            parameters = list(map(without_colours, parameters))
         if self.defer:
             return list(zip(crops, parameters, strict=True))
-        return [augment(c[None], p[None])[0] for c, p in zip(crops, parameters, strict=True)]
+        pairs = zip(crops, parameters, strict=True)
+        return [self._augment(crop[None], drawn[None])[0] for crop, drawn in pairs]
+
+    def _turned(self, crop: Tensor) -> Tensor:
+        if self.flip != "none" and torch.rand(()) < FLIP_P:
+            crop = crop.flip(-1)
+        if self.flip == "both" and torch.rand(()) < FLIP_P:
+            crop = crop.flip(-2)
+        return Turn()(crop) if self.rotate90 else crop
+
+    def _augment(self, crops: Tensor, parameters: Tensor) -> Tensor:
+        return augment(crops, parameters, self.pixels.mean, self.pixels.std)
 
     def finish(self, views: list, device: torch.device) -> list[Tensor]:
-        """Two views [N, 3, S, S] on the device, from a batch of what a call returns."""
+        """Two views [N, C, H, W] on the device, from a batch of what a call returns."""
         if not self.defer:
             return to_device(views, device)
-        return [augment(to_device(crops, device), parameters) for crops, parameters in views]
+        return [self._augment(to_device(crops, device), parameters) for crops, parameters in views]
 
 
 def two_crops(args: Namespace) -> TwoCrops:
     """The views that main_pretrain.py's flags describe; batches of them are to be finished."""
     scale, jitter = tuple(args.crop_scale), args.jitter_strength
-    return TwoCrops(args.input_size, True, args.blur_prob, scale, jitter)
+    turns = {"flip": args.flip, "rotate90": args.rotate90}
+    pixels = Pixels.of(args)
+    return TwoCrops(
+        args.input_size, True, args.blur_prob, scale, jitter, pixels, args.augment, **turns
+    )
 
 
-def cut(image: Image.Image, boxes: list[tuple[int, int, int, int]], size: int) -> list[Tensor]:
-    """Crops, resized to uint8 [3, size, size] with antialiasing.
+def middle_box(height: int, width: int, aspect: float) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the largest box in the middle; aspect is width by height."""
+    tall, wide = min(height, round(width / aspect)), min(width, round(height * aspect))
+    tall, wide = max(tall, 1), max(wide, 1)
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def cut(
+    image: Image.Image | NotPillows,
+    boxes: list[tuple[int, int, int, int]],
+    size: Side,
+    pixels: Pixels = RGB,
+) -> list[Tensor]:
+    """Crops [C, H, W] of a size, resized with antialiasing, as `Pixels.decode` has them.
 
     A JPEG that is not decoded yet is decoded at the smallest scale (1, 1/2, 1/4, 1/8) from which no
     crop has to be magnified.
@@ -137,14 +195,17 @@ def cut(image: Image.Image, boxes: list[tuple[int, int, int, int]], size: int) -
         boxes: (top, left, height, width) in pixels of the upright image.
     """
     width, height = upright_size(image)
-    shrink = min(side // size for box in boxes for side in box[2:])
-    pixels = decode(image, shrink)[None]
-    down, right = pixels.shape[2] / height, pixels.shape[3] / width
+    sizes = height_width(size)
+    shrink = min(
+        side // wanted for box in boxes for side, wanted in zip(box[2:], sizes, strict=True)
+    )
+    decoded = pixels.decode(image, shrink)[None]
+    down, right = decoded.shape[2] / height, decoded.shape[3] / width
 
     crops = []
     for top, left, tall, wide in boxes:
         rows = slice(round(top * down), round((top + tall) * down))
         columns = slice(round(left * right), round((left + wide) * right))
-        crop = pixels[:, :, rows, columns]
-        crops.append(F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0])
+        crop = decoded[:, :, rows, columns]
+        crops.append(F.interpolate(crop, sizes, mode="bilinear", antialias=True)[0])
     return crops

@@ -30,7 +30,7 @@ from torch.utils.data import default_collate
 import util.data.augment
 import util_contrastive
 from util.data.order import SeededDataset
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD, RGB, Pixels
 from util_contrastive import (
     BLUR_PROB,
     BLUR_SIGMA,
@@ -63,7 +63,7 @@ RECIPE, KORNIA, CROPS, ALL, DECODE = (
 
 # What does a stage's work, here and in the recipe. What they call counts for its own stage.
 STAGES = {
-    "decode": [(ImageFile.ImageFile, "load"), (util_contrastive, "decode")],
+    "decode": [(ImageFile.ImageFile, "load"), (Pixels, "decode")],
     "crop, resize": [(util_contrastive, "cut"), (T.RandomResizedCrop, "forward")],
     "draws": [(util_contrastive, "draw_parameters"), (T.RandomResizedCrop, "get_params")],
     "jitter, grey": [
@@ -111,6 +111,7 @@ def pil_transform(size: int) -> TwoCropTransform:
     return TwoCropTransform(
         T.Compose(
             [
+                RGB.load,
                 T.RandomResizedCrop(size, scale=CROP_SCALE, ratio=CROP_ASPECT),
                 T.RandomHorizontalFlip(FLIP_P),
                 T.RandomApply([color_jitter()], p=JITTER_P),
@@ -135,7 +136,7 @@ def kornia_transform(size: int) -> Callable[[Image.Image], list[torch.Tensor]]:
         K.RandomGaussianBlur((13, 13), BLUR_SIGMA, p=BLUR_PROB),
         K.Normalize(torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)),
     )
-    return lambda image: [augment(TF.to_tensor(image)[None])[0] for _ in range(2)]
+    return lambda image: [augment(TF.to_tensor(RGB.load(image))[None])[0] for _ in range(2)]
 
 
 def pipelines(size: int) -> dict[str, tuple[Callable, Callable]]:
@@ -148,7 +149,7 @@ def pipelines(size: int) -> dict[str, tuple[Callable, Callable]]:
     if find_spec("kornia"):
         found[KORNIA] = kornia_transform(size), as_is
     ours = TwoCrops(size, defer=True)
-    decoding = (lambda image: 0), as_is  # `read_image` decodes for it
+    decoding = (lambda image: RGB.load(image) and 0), as_is
     return found | {CROPS: (ours, as_is), ALL: (ours, ours.finish), DECODE: decoding}
 
 

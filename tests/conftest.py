@@ -28,6 +28,10 @@ from util.run.launch import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+for number in (signal.SIGHUP, signal.SIGINT):  # ignored where the tests run in the background,
+    if signal.getsignal(number) is signal.SIG_IGN:  # which what they start would inherit
+        signal.signal(number, signal.SIG_DFL)
+
 torch.set_num_threads(1)  # the models here are too small to share out
 
 # The garbage of runs in this process holds process groups, whose threads a forked loader process
@@ -133,9 +137,9 @@ def log_of(folder: Path) -> list[dict]:
 
 
 def losses_of(folder: Path) -> list[dict]:
-    """What the log says of learning, without its timings."""
-    timings = ("train_images_per_second", "train_data_wait")
-    return [{k: v for k, v in line.items() if k not in timings} for line in log_of(folder)]
+    """What the log says of learning, without its timings and what was opened."""
+    others = ("train_images_per_second", "train_data_wait", "data")
+    return [{k: v for k, v in line.items() if k not in others} for line in log_of(folder)]
 
 
 def assert_same_state(file: Path, other: Path) -> None:

@@ -23,6 +23,8 @@ PRETRAIN_FLAGS = {
     "pin_mem": True,
     "precision": "auto", "resume": "", "save_freq": 20, "save_interval": 15.0,
     "seed": 0, "skip_nonfinite": 0, "start_epoch": 0, "std": 0.05,
+    "augment": "ssl", "flip": None, "in_chans": None, "pages": None, "patch_size": 16,
+    "pixel_mean": None, "pixel_range": None, "pixel_std": None, "resize": "crop", "rotate90": False,
     "warmup_epochs": 40, "weight_decay": 0.05, "weight_mae": 0.97, "weight_noise": 0.3,
     "weight_simclr": 0.03, "world_size": 1,
 }  # fmt: skip
@@ -33,7 +35,8 @@ SHARED = {
         "accum_iter", "compile", "data_path", "device", "dist_on_itp", "dist_url", "input_size",
         "keep_last", "local_rank", "log_dir", "lr", "num_workers", "output_dir", "overwrite",
         "pin_mem", "precision", "resume", "save_freq", "save_interval", "seed", "skip_nonfinite",
-        "start_epoch", "world_size",
+        "start_epoch", "world_size", "flip", "in_chans", "pages", "patch_size", "pixel_mean",
+        "pixel_range", "pixel_std", "resize", "rotate90",
     )
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 
 from util.data.augment import AFTER, BEFORE, IDENTITY, augment, blend, blur, shift_hue
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from util_contrastive import BLUR_PROB, GREY_P, JITTER_P, color_jitter, draw_parameters
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 
 from util.data.order import EpochSampler, SeededDataset
+from util.data.transforms import eval_transform
 from util.datasets import NAMED, open_dataset
 from util.errors import UserError
 from util.visualize import preview_images
@@ -205,7 +206,7 @@ def test_blur_keeps_size_and_mean(size):
 
 
 def test_preview_shows_images_of_all_classes(digits):
-    imgs = preview_images(digits, 8, 16)
+    imgs = preview_images(digits, 8, eval_transform(16))
     assert imgs.shape == (8, 3, 16, 16)
     assert len({img.numpy().tobytes() for img in imgs}) == 8
 

@@ -16,7 +16,7 @@ from util.features import Features, encode, knn_accuracy
 from util.precision import Precision
 
 FLAGS = argparse.Namespace(
-    batch_size=3, num_workers=0, pin_mem=False, seed=0, input_size=4, output_dir=""
+    resize="crop", batch_size=3, num_workers=0, pin_mem=False, seed=0, input_size=4, output_dir=""
 )
 FP32 = Precision("fp32", torch.device("cpu"))
 

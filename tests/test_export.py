@@ -93,7 +93,7 @@ def _other_width(weights):
     [
         (_headless, "it has no norm.weight"),
         (_placeless, "has no usable pos_embed"),
-        (_other_width, "an unknown size: width 100, depth 12, patch 4"),
+        (_other_width, "an unknown size: width 100, depth 12"),
         (dict.clear, "holds no encoder"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 def test_images_and_labels_are_image_folder_s(folder):
     ours = open_dataset(str(folder), train=True)
+    shutil.rmtree(folder / ".c")  # hidden, and not an image folder of ours
     theirs = datasets.ImageFolder(folder, allow_empty=True)
     assert ours.samples == theirs.samples
     assert ours.targets == theirs.targets
@@ -133,7 +135,7 @@ def test_a_list_of_100_000_files_opens_within_a_second(tmp_path):
     }
     files[""] = []
     times = dict.fromkeys(files, LONG_AGO * 10**9)
-    kept = {"root": str(root.resolve()), "times": times, "files": files}
+    kept = {"root": str(root.resolve()), "times": times, "files": files, "rules": 2}
     (tmp_path / "files-train.json").write_text(json.dumps(kept))
 
     begin = time.process_time()

@@ -16,8 +16,9 @@ from sklearn.datasets import load_sample_images
 import main_linprobe
 import main_pretrain
 from util.args import finetune_parser
-from util.data.images import BadImage, decode, open_image, to_rgb
+from util.data.images import BadImage, open_image, to_8_bits
 from util.data.order import SeededDataset
+from util.data.pixels import RGB
 from util.data.transforms import eval_transform, probe_transform
 from util.datasets import build_transform, open_dataset
 from util.errors import UserError
@@ -99,14 +100,14 @@ def test_every_kind_of_pixels_becomes_pillow_s_own_rgb(kind, photo):
     content, expected = KINDS[kind](photo)
     if expected is None:
         expected = Image.open(io.BytesIO(content)).convert("RGB")
-    image = to_rgb(open_image(io.BytesIO(content)))
+    image = to_8_bits(open_image(io.BytesIO(content)))
     assert image.mode == "RGB"
     assert image.size == expected.size
     difference = np.abs(np.int16(image) - np.int16(expected))
     assert difference.mean() < (2 if kind == "cmyk" else 1e-9)  # JPEG's own loss
     assert np.asarray(image).std() > 20
     # pretraining's path: the same pixels, and whole crops
-    pixels = decode(open_image(io.BytesIO(content)))
+    pixels = RGB.decode(open_image(io.BytesIO(content)))
     assert torch.equal(pixels, TF.pil_to_tensor(image))
     width, height = image.size
     (crop,) = cut(open_image(io.BytesIO(content)), [(0, 0, height, width)], 60)
@@ -171,7 +172,7 @@ def test_bad_files_are_told_from_images_without_being_decoded(kind, photo, monke
     if kind in ("bomb", "postscript"):
         monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
     with pytest.raises(BadImage) as error:
-        to_rgb(open_image(io.BytesIO(content)))
+        to_8_bits(open_image(io.BytesIO(content)))
     assert "\n" not in str(error.value)
 
 
@@ -210,7 +211,12 @@ def test_where_nothing_is_readable_the_file_is_named(tmp_path, photo):
 
 def test_the_preview_shows_readable_images(tmp_path, photo, caplog):
     root = folder_of(tmp_path, photo, 8, {0: b""})
-    assert preview_images(open_dataset(str(root), train=True), 8, 8).shape == (8, 3, 8, 8)
+    assert preview_images(open_dataset(str(root), train=True), 8, eval_transform(8)).shape == (
+        8,
+        3,
+        8,
+        8,
+    )
     assert caplog.text.count("000.png") == 1
 
 

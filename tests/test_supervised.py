@@ -15,7 +15,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import model_mae
-from util.data.transforms import eval_transform
+from util.data.transforms import eval_transform_of
 from util.datasets import build_transform, open_labelled
 from util.run import checkpoint
 
@@ -62,7 +62,7 @@ def test_probing_leaves_the_encoder_bit_identical(extra, flags, pretrained, tmp_
 def test_cached_features_train_as_images_do_where_these_are_not_augmented(
     flags, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(main_linprobe, "probe_transform", eval_transform)
+    monkeypatch.setattr(main_linprobe, "probe_transform_of", eval_transform_of)
     flags += ["--epochs", 3, "--precision", "fp32", "--blr", 10]
     assert run_main(main_linprobe, *flags) == 0
     assert run_main(main_linprobe, *flags, "--cache_features", "--output_dir", tmp_path / "c") == 0
@@ -220,7 +220,7 @@ def _one_class(root):
 @pytest.mark.parametrize(
     ("spoil", "extra", "words"),
     [
-        (_without_val, [], ["no folder val/", "--val_fraction"]),
+        (_without_val, [], ["none of val/, valid/, validation/, test/", "--val_fraction"]),
         (_other_classes, [], ["same classes", "flour, flower"]),
         (_one_class, [], ["no classes to tell apart"]),
         (None, ["--nb_classes", 10], ["--nb_classes 10", "has 2 classes"]),

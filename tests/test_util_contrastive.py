@@ -10,9 +10,9 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from util.data.images import decode
 from util.data.loader import train_loader
 from util.data.order import SeededDataset
+from util.data.pixels import RGB, Pixels
 from util.datasets import open_dataset
 from util_contrastive import TwoCrops, cut
 
@@ -44,7 +44,7 @@ def test_crops_equal_pil_s(photo, file_format):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_a_jpeg_s_pixels_are_pil_s(photo, mode):
     expected = TF.pil_to_tensor(encoded(photo, mode=mode).convert("RGB"))
-    assert torch.equal(decode(encoded(photo, mode=mode)), expected)
+    assert torch.equal(RGB.decode(encoded(photo, mode=mode)), expected)
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,12 @@ def test_a_jpeg_s_pixels_are_pil_s(photo, mode):
 def test_jpegs_are_decoded_at_the_scale_that_no_crop_outgrows(photo, size, expected, monkeypatch):
     seen = []
 
-    def spy(image: Image.Image, shrink: int) -> torch.Tensor:
-        pixels = decode(image, shrink)
+    def spy(self, image: Image.Image, shrink: int, decode=Pixels.decode) -> torch.Tensor:
+        pixels = decode(self, image, shrink)
         seen.append(tuple(pixels.shape[1:]))
         return pixels
 
-    monkeypatch.setattr("util_contrastive.decode", spy)
+    monkeypatch.setattr(Pixels, "decode", spy)
     crops = cut(encoded(photo), BOXES, size)
     assert seen == [expected]
     whole = cut(encoded(photo).convert("RGB"), BOXES, size)  # decoded: nothing to scale

@@ -1,12 +1,24 @@
 """Every flag of the three scripts, defined once; imports no torch, so that it parses quickly."""
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 
-from util.parser import ABOVE_0, AMOUNT, BELOW_1, COUNT, POSITIVE, SHARE, Parser, number
+from util.parser import (
+    ABOVE_0,
+    AMOUNT,
+    BELOW_1,
+    COUNT,
+    POSITIVE,
+    SHARE,
+    NumbersOr,
+    Parser,
+    Sides,
+    number,
+)
 from util.recipes import recipe_flags, resolve_recipe
-from util.sizes import SIZES, patch_size
+from util.sizes import SIZES, height_width, patch_size
 
 # timm's auto_augment strings: a name, and for the random ones numbers by letter.
 _NUMBER = r"\d{1,3}(\.\d{1,9})?"
@@ -37,12 +49,34 @@ def common_flags() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--data_path", required=True, help="a folder of images, or a built-in dataset: digits "
         "(scikit-learn's, offline), cifar10, ... (torchvision's, downloaded into ./data)")
-    add("--input_size", type=number(int, 1, 4096, "[]"), default=224,
-        help="side of the images in pixels")
+    add("--input_size", type=number(int, 1, 4096, "[]"), default=224, nargs="+", action=Sides,
+        metavar="SIDE", help="side of the images in pixels, or their height and width")
+    add("--patch_size", type=number(int, 1, 256, "[]"),
+        help="side of the patches in pixels; if not given, the model's")
+    add("--resize", choices=("crop", "squash", "pad"), default="crop",
+        help="what fits other shapes to --input_size in evaluation: cut off what stands over, "
+        "change the aspect, or add borders")
+    add("--flip", choices=("none", "horizontal", "both"),
+        help="random flips of training images; default: horizontal (with --augment none: none)")
+    add("--rotate90", action="store_true", help="turn training images by random quarters")
     add("--num_workers", type=number(int, 0, 1024, "[]"), default=10,
         help="loader processes per training process")
     add("--pin_mem", action="store_true", default=True, help="pin memory for GPUs (default)")
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="do not pin memory")
+
+    add = parser.add_argument_group("pixels").add_argument
+    add("--in_chans", type=number(int, 1, 1024, "[]"),
+        help="channels of the images; default: the checkpoint's, or else 3")
+    add("--pages", choices=("first", "channels"), help="of files of several pages or frames: the "
+        "first (default), or all, as channels")
+    add("--pixel_range", action=NumbersOr, words=("auto", "dtype"), count=2,
+        metavar="LOW HIGH|auto|dtype", help="values that become 0 and 1; auto: measured; default: "
+        "the checkpoint's, or else dtype, the ends of each file's integer type")
+    add("--pixel_mean", action=NumbersOr, words=("auto",), metavar="MEAN|auto",
+        help="mean of each channel, in 0 .. 1; auto: measured; default: the checkpoint's, or else "
+        "ImageNet's of RGB, measured for other channels")
+    add("--pixel_std", action=NumbersOr, words=("auto",), metavar="STD|auto",
+        help="deviation of each channel, as --pixel_mean; --std is the noise level")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="./output_dir", help="checkpoints and log.txt; '' saves nothing")
@@ -114,6 +148,8 @@ def pretrain_parser() -> Parser:
     add("--std", type=AMOUNT, default=0.05, help="largest noise level, in normalised pixels")
     add("--mask_ratio", type=BELOW_1,
         help="share of patches removed; default: 0.5 for CAN, 0.75 for MAE, 0 for SimCLR")
+    add("--augment", choices=("ssl", "weak", "none"), default="ssl", help="of the two views: "
+        "SimCLR's; only crops and flips; or none, the middle of the image twice")
     add("--blur_prob", type=SHARE, default=0.5,
         help="probability of blurring a view; use 0 for images of 32 pixels")
     add("--grad_checkpointing", action="store_true", help="recompute activations in the "
@@ -187,11 +223,14 @@ def add_model(add: Callable, prefix: str) -> None:
 
 def check_common(args: argparse.Namespace) -> None:
     """Raises ValueError where flags of `common_flags` contradict each other or `--model`."""
-    if args.input_size % (patch := patch_size(args.model)):
-        side, name = args.input_size, args.model
+    args.patch_size = patch = args.patch_size or patch_size(args.model)
+    sides = height_width(args.input_size)
+    if any(side % patch for side in sides):
+        given, name = " ".join(map(str, dict.fromkeys(sides))), args.model
         raise ValueError(
-            f"--input_size {side} is not a multiple of the patch size {patch} of {name}"
+            f"--input_size {given} is not a multiple of the patch size {patch} of {name}"
         )
+    check_pixels(args)
     if not args.dist_url.startswith(("env://", "tcp://", "file://")):
         raise ValueError(
             f"--dist_url {args.dist_url!r} is none of env://, tcp://HOST:PORT, file:///PATH"
@@ -208,6 +247,18 @@ def check_common(args: argparse.Namespace) -> None:
         raise ValueError("--overwrite starts over and --resume continues: choose one")
     if args.log_dir is None:
         args.log_dir = args.output_dir
+
+
+def check_pixels(args: argparse.Namespace) -> None:
+    """Raises ValueError where the flags of pixels contradict each other."""
+    if isinstance(args.pixel_range, list) and args.pixel_range[0] >= args.pixel_range[1]:
+        raise ValueError("--pixel_range {:g} {:g}: LOW is not below HIGH".format(*args.pixel_range))
+    if isinstance(args.pixel_std, list) and min(args.pixel_std) <= 0:
+        raise ValueError("--pixel_std: deviations must be above 0")
+    for name in ("pixel_mean", "pixel_std"):
+        values = getattr(args, name)
+        if isinstance(values, list) and len(values) != (args.in_chans or len(values)):
+            raise ValueError(f"--{name}: {len(values)} values, but --in_chans {args.in_chans}")
 
 
 def check_pretrain(args: argparse.Namespace) -> None:
@@ -231,7 +282,7 @@ def check_pretrain(args: argparse.Namespace) -> None:
     if args.mask_ratio is None:
         args.mask_ratio = 0.5 if can else 0.75 if args.weight_mae > 0 else 0.0
 
-    patches = (args.input_size // patch_size(args.model)) ** 2
+    patches = math.prod(side // args.patch_size for side in height_width(args.input_size))
     kept = int(patches * (1 - args.mask_ratio))
     if kept == 0:
         raise ValueError(f"--mask_ratio {args.mask_ratio} keeps none of {patches} patches")
@@ -251,7 +302,7 @@ def check_finetune(args: argparse.Namespace) -> None:
     """Raises ValueError for what cannot be trained."""
     check_supervised(args)
     if args.cutmix_minmax:
-        low, high = (int(args.input_size * side) for side in args.cutmix_minmax)
+        low, high = (int(min(height_width(args.input_size)) * side) for side in args.cutmix_minmax)
         if low >= high:
             raise ValueError(f"--cutmix_minmax: sides from {low} to {high}: no room for a draw")
     if args.aa and not re.fullmatch(AUGMENTATION_POLICY, args.aa):

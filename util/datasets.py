@@ -1,7 +1,6 @@
 """Image datasets by folder or name; `build_dataset` and `build_transform` under MAE's names."""
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util.data.file_list import list_files
-from util.data.images import open_image, read_image
+from util.data.image_folder import SPLITS, ImageFiles, find_split, left_out_words
+from util.data.images import read_image
 from util.data.transforms import build_transform
 from util.errors import UserError
 
@@ -62,44 +60,6 @@ NAMED: dict[str, Callable[[bool], Dataset]] = {
 }
 
 
-class ImageFiles(datasets.ImageFolder):
-    """The images below a folder; its subfolders are classes unless images lie beside them.
-
-    In the order, and with the labels, of torchvision's ImageFolder; without classes, all are 0.
-    Files are decoded when their pixels are needed.
-    """
-
-    def __init__(self, root: Path, cache: Path | None = None):
-        self._images = {
-            folder: [name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
-            for folder, names in list_files(root, cache).items()
-        }
-        super().__init__(str(root), loader=open_image)
-        del self._images
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        classes = sorted({_top(folder) for folder in self._images} - {""})
-        if self._images[""] or all(name.startswith(".") for name in classes):
-            classes = [""]
-        return classes, {name: label for label, name in enumerate(classes)}
-
-    def make_dataset(
-        self, directory: str, class_to_idx: dict[str, int], **_: Any
-    ) -> list[tuple[str, int]]:
-        folders = sorted(self._images)
-        if "" not in class_to_idx:
-            folders.sort(key=_top)
-        return [
-            (os.path.join(directory, folder, name), class_to_idx.get(_top(folder), 0))
-            for folder in folders
-            for name in self._images[folder]
-        ]
-
-
-def _top(folder: str) -> str:
-    return folder.split(os.sep)[0]
-
-
 @dataclass
 class Transformed(Dataset):
     """Another dataset's images as RGB, transformed, with their labels."""
@@ -129,8 +89,8 @@ def open_dataset(data_path: str, train: bool, cache_dir: str = "") -> Dataset:
     """A dataset of (PIL image, label) pairs; files are decoded when their pixels are needed.
 
     Args:
-        data_path: a name of `NAMED`, or a folder with `train/` and `val/`, or, for training, any
-            folder of images. `./digits` is a folder, `digits` a name.
+        data_path: a name of `NAMED`, or a folder with `train/` and `val/` (or others of `SPLITS`),
+            or, for training, any folder of images. `./digits` is a folder, `digits` a name.
         cache_dir: where a large folder's list of files is kept for the next time; '' nowhere.
     Raises:
         UserError: no such folder or name, no images there, or the download failed.
@@ -147,7 +107,8 @@ def open_dataset(data_path: str, train: bool, cache_dir: str = "") -> Dataset:
         where = "" if error.filename in (None, data_path) else f"{error.filename}: "
         raise UserError(f"--data_path {data_path}: {where}{error.strerror}") from None
     if len(dataset) == 0:
-        raise UserError(f"no images in {dataset.root}")
+        found = left_out_words(dataset.left_out)
+        raise UserError(f"no images in {dataset.root}" + f"; left out {found}" * bool(found))
     return dataset
 
 
@@ -155,11 +116,12 @@ def _open_folder(root: Path, train: bool, cache_dir: str) -> ImageFiles:
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "no such folder"
         raise UserError(f"--data_path {root}: {what}, nor a name: {', '.join(NAMED)}")
-    split = root / ("train" if train else "val")
-    if not split.is_dir():
+    split = find_split(root, train)
+    if split is None:
         if not train:
+            names = ", ".join(f"{name}/" for name in SPLITS[train])
             other = "main_linprobe.py and main_finetune.py take --val_fraction 0.1 instead"
-            raise UserError(f"--data_path {root}: no folder val/ in it; {other}")
+            raise UserError(f"--data_path {root}: none of {names} in it; {other}")
         split = root
     cache = Path(cache_dir) / f"files-{'train' if train else 'val'}.json" if cache_dir else None
     return ImageFiles(split, cache)
@@ -180,6 +142,7 @@ def open_labelled(
             number than nb_classes; or as `open_dataset`.
     """
     train = open_dataset(data_path, True, cache_dir)
+    _check_classes(train)
     classes = _classes(train)
     if len(classes) < 2:
         where = "images must lie in two or more class folders, in train/CLASS/"
@@ -189,13 +152,18 @@ def open_labelled(
     if val_fraction:
         return *_hold_out(train, val_fraction), len(classes)
     val = open_dataset(data_path, False, cache_dir)
+    _check_classes(val)
     if classes != _classes(val):
         odd = sorted(set(classes) ^ set(_classes(val)))
         only = f"{len(odd)} are in one only: {', '.join(odd[:5])}"
-        raise UserError(
-            f"--data_path {data_path}: train/ and val/ must hold the same classes; {only}"
-        )
+        raise UserError(f"--data_path {data_path}: both splits must hold the same classes; {only}")
     return train, val, len(classes)
+
+
+def _check_classes(dataset: Dataset) -> None:
+    """Raises UserError where the folders of a data set are no classes."""
+    if isinstance(dataset, ImageFiles) and (why := dataset.why_no_classes()):
+        raise UserError(f"{dataset.root}: {why}")
 
 
 def _labels(dataset: Dataset) -> list[int]:

@@ -5,6 +5,7 @@ python -m util.export --checkpoint output_dir/checkpoint-49.pth --out vit.safete
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import timm
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from util.args import Parser
+from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from util.errors import UserError
 from util.run.checkpoint import load
 from util.run.launch import launch
-from util.sizes import SIZES, image_side, size_of
+from util.sizes import SIZES, image_size, size_of
 from util.weights import check_same, encoder_part
 
 
@@ -27,21 +29,24 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def timm_arguments(weights: dict[str, Tensor], source: str) -> dict:
-    """The arguments of `timm.create_model` for an encoder's weights.
+def timm_arguments(weights: dict[str, Tensor], source: str, flags: dict[str, Any]) -> dict:
+    """The arguments of `timm.create_model` for an encoder's weights, trained with flags.
 
     Raises:
         UserError: they are of no size in `SIZES`, or have no position embeddings.
     """
     name = size_of(weights, source)
-    in_chans, side = weights["patch_embed.proj.weight"].shape[1], image_side(weights, source)
+    _, in_chans, patch, _ = weights["patch_embed.proj.weight"].shape
+    height, width = image_size(weights, source, flags)
     arguments = {"model_name": f"vit_{name}_224", "num_classes": 0}
     if not timm.is_model(arguments["model_name"]):
         stock = SIZES["tiny_patch16"].encoder()
         arguments["model_name"] = "vit_tiny_patch16_224"
         arguments |= {k: v for k, v in SIZES[name].encoder().items() if v != stock[k]}
-    if side != 224:
-        arguments["img_size"] = side
+    if patch != arguments.get("patch_size", SIZES[name].patch_size):
+        arguments["patch_size"] = patch
+    if (height, width) != (224, 224):
+        arguments["img_size"] = height if height == width else (height, width)
     if in_chans != 3:
         arguments["in_chans"] = in_chans
     if "fc_norm.weight" in weights:
@@ -52,8 +57,10 @@ def timm_arguments(weights: dict[str, Tensor], source: str) -> dict:
 def main(args: argparse.Namespace) -> None:
     if not args.out.endswith(".safetensors"):
         raise UserError(f"--out {args.out}: the name must end in .safetensors")
-    weights, _ = encoder_part(load(args.checkpoint)["model"])
-    arguments = timm_arguments(weights, args.checkpoint)
+    state = load(args.checkpoint)
+    flags = state.get("args", {})
+    weights, _ = encoder_part(state["model"])
+    arguments = timm_arguments(weights, args.checkpoint, flags)
     with torch.device("meta"):
         model = timm.create_model(**arguments)
     check_same(model.state_dict(), weights, args.checkpoint)
@@ -68,8 +75,20 @@ def main(args: argparse.Namespace) -> None:
     print(
         f"{args.out}: {len(weights)} tensors; load with timm.create_model("
         f"{', '.join(words)}, checkpoint_path={args.out!r}), "
-        "on images normalised by ImageNet's mean and standard deviation"
+        f"on images {input_words(Pixels.of(flags))}"
     )
+
+
+def input_words(pixels: Pixels) -> str:
+    """What an encoder takes."""
+    if (pixels.mean, pixels.std) == (IMAGENET_MEAN, IMAGENET_STD):
+        words = "normalised by ImageNet's mean and standard deviation"
+    else:
+        mean, std = (" ".join(f"{v:g}" for v in part) for part in (pixels.mean, pixels.std))
+        words = f"normalised by mean {mean} and standard deviation {std}"
+    if isinstance(pixels.scale, tuple):
+        words = "whose values {:g} to {:g} became 0 to 1, ".format(*pixels.scale) + words
+    return words
 
 
 if __name__ == "__main__":

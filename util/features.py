@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from util.data.loader import eval_loader
 from util.data.order import SeededDataset
-from util.data.transforms import eval_transform
+from util.data.transforms import eval_transform_of
 from util.distributed import gather_rows, get_rank, get_world_size, sum_over_ranks
 from util.errors import UserError
 from util.precision import Precision
@@ -57,7 +57,7 @@ def encode(
     Args:
         encoder: from images [N, C, H, W] to features [N, D].
         dataset: of (PIL image, label) pairs; the processes share the work.
-        args: input_size, seed, batch_size, num_workers, pin_mem, output_dir.
+        args: input_size, resize, pixels, seed, batch_size, num_workers, pin_mem, output_dir.
         poll: called after each batch, equally often on every rank.
     Raises:
         UserError: fewer images than processes, or too many that are not readable.
@@ -65,7 +65,7 @@ def encode(
     total = len(dataset)
     if total < get_world_size():
         raise UserError(f"{total} images are too few to share among {get_world_size()} processes")
-    images = SeededDataset(dataset, eval_transform(args.input_size), args.seed)
+    images = SeededDataset(dataset, eval_transform_of(args), args.seed)
     features, labels = [], []
     loader = eval_loader(images, args, precision.device, share=True)
     for batch, batch_labels in polled(loader, poll):

@@ -44,6 +44,37 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+class Sides(argparse.Action):
+    """One number, or two that differ, as a list (H, W)."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, "one side, or H and W")
+        same = len(set(values)) == 1
+        setattr(namespace, self.dest, values[0] if same else values)
+
+
+class NumbersOr(argparse.Action):
+    """Numbers as a list, `count` of them if that is given, or one of some words."""
+
+    def __init__(self, *args, words: tuple[str, ...], count: int | None = None, **kwargs):
+        super().__init__(*args, nargs="+", **kwargs)
+        self.words, self.count = words, count
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) == 1 and values[0] in self.words:
+            setattr(namespace, self.dest, values[0])
+            return
+        try:
+            found = [float(value) for value in values]
+        except ValueError:
+            found = [math.nan]
+        if not all(map(math.isfinite, found)) or len(found) != (self.count or len(found)):
+            what = f"{self.count} numbers" if self.count else "a number for each channel"
+            raise argparse.ArgumentError(self, f"not {what}, nor {' or '.join(self.words)}")
+        setattr(namespace, self.dest, found)
+
+
 def number(kind: type, low: float, high: float = math.inf, ends: str = "[)") -> Callable:
     """An argparse type: an int or float between low and high; `ends` as in [low, high)."""
 

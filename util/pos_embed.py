@@ -40,18 +40,25 @@ def get_2d_sincos_pos_embed(
     return np.concatenate([np.zeros((1, embed_dim)), embedding]) if cls_token else embedding
 
 
-def interpolate_pos_embed(model: nn.Module, checkpoint_model: dict[str, Tensor]) -> None:
-    """Resizes a checkpoint's `pos_embed`, of a square grid, to the model's; bicubic, as in MAE.
+def interpolate_pos_embed(
+    model: nn.Module, checkpoint_model: dict[str, Tensor], old_grid: tuple[int, int] | None = None
+) -> None:
+    """Resizes a checkpoint's `pos_embed` to the model's grid; bicubic, as in MAE.
 
     Args:
         model: has `pos_embed` [1, 1 + L, D] and `patch_embed.grid_size`.
-        checkpoint_model: changed in place; left alone where its `pos_embed` is of no square grid.
+        checkpoint_model: changed in place; left alone where its `pos_embed` is not of `old_grid`.
+        old_grid: (H, W) in patches; None for a square.
     """
     positions = checkpoint_model.get("pos_embed")
-    if positions is None or positions.ndim != 3 or positions.shape == model.pos_embed.shape:
+    new_grid = tuple(model.patch_embed.grid_size)
+    if positions is None or positions.ndim != 3:
         return
     side = math.isqrt(max(positions.shape[1] - 1, 0))
-    if side > 0 and 1 + side**2 == positions.shape[1]:
+    old_grid = old_grid or (side, side)
+    if positions.shape == model.pos_embed.shape and old_grid == new_grid:
+        return
+    if side > 0 and 1 + math.prod(old_grid) == positions.shape[1]:
         checkpoint_model["pos_embed"] = resample_abs_pos_embed(
-            positions, model.patch_embed.grid_size, antialias=False
+            positions, new_grid, old_grid, antialias=False
         )

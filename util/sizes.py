@@ -1,10 +1,14 @@
 """The model sizes, one table for `mae_vit_*` (model_mae) and `vit_*` (model_vit)."""
 
+import contextlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from util.errors import UserError
+
+Side = int | Sequence[int]  # of square images in pixels, or (H, W)
 
 
 class Size(NamedTuple):
@@ -43,12 +47,17 @@ def size_name(model: str) -> str:
 
 
 def patch_size(model: str) -> int:
-    """Patch size in pixels of a model by its full name."""
+    """Patch size in pixels of a model by its full name, where `--patch_size` gives no other."""
     return SIZES[size_name(model)].patch_size
 
 
+def height_width(side: Side) -> tuple[int, int]:
+    """(H, W) in pixels of `--input_size`."""
+    return (side, side) if isinstance(side, int) else tuple(side)
+
+
 def size_of(weights: dict[str, Any], source: str | Path) -> str:
-    """The key in `SIZES` of an encoder's tensors, found by their shapes.
+    """The key in `SIZES` of an encoder's tensors, by their shapes; of any patch size.
 
     Raises:
         UserError: they are no encoder's, or of no known size.
@@ -58,20 +67,30 @@ def size_of(weights: dict[str, Any], source: str | Path) -> str:
     except (KeyError, ValueError):
         raise UserError(f"{source} holds no encoder of CAN or MAE") from None
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    for name, size in SIZES.items():
-        if (size.embed_dim, size.depth, size.patch_size) == (embed_dim, depth, patch):
-            return name
-    found = f"width {embed_dim}, depth {depth}, patch {patch}"
-    raise UserError(f"{source} has an unknown size: {found}; known are {', '.join(SIZES)}")
+    fits = [k for k, size in SIZES.items() if (size.embed_dim, size.depth) == (embed_dim, depth)]
+    if not fits:
+        found = f"width {embed_dim}, depth {depth}"
+        raise UserError(f"{source} has an unknown size: {found}; known are {', '.join(SIZES)}")
+    return next((name for name in fits if SIZES[name].patch_size == patch), fits[0])
 
 
-def image_side(weights: dict[str, Any], source: str | Path) -> int:
-    """The side in pixels of the square images that an encoder's position embeddings are for.
+def image_size(
+    weights: dict[str, Any], source: str | Path, flags: dict[str, Any] | None = None
+) -> tuple[int, int]:
+    """(H, W) in pixels of the images that an encoder's position embeddings are for.
 
+    Args:
+        flags: that it was trained with, if known; without them the images are taken for squares.
     Raises:
-        UserError: it has none.
+        UserError: it has none, or none of a square.
     """
     positions = weights.get("pos_embed")
     if positions is None or positions.ndim != 3 or positions.shape[1] < 2:
         raise UserError(f"{source} has no usable pos_embed")
-    return math.isqrt(positions.shape[1] - 1) * weights["patch_embed.proj.weight"].shape[-1]
+    patch, patches = weights["patch_embed.proj.weight"].shape[-1], positions.shape[1] - 1
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        height, width = height_width(flags["input_size"])
+        if (height // patch) * (width // patch) == patches:
+            return height, width
+    side = math.isqrt(patches) * patch
+    return side, side

@@ -6,6 +6,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from torchvision.utils import make_grid, save_image
 from util.args import Parser, number
 from util.data.loader import warn_of
 from util.data.order import SeededDataset
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from util.data.pixels import RGB, Pixels
+from util.data.survey import PIXEL_FLAGS, inherit_pixels, settle_pixels
+from util.data.transforms import eval_transform
 from util.datasets import open_dataset
 from util.distributed import is_main_process
 from util.errors import UserError
@@ -29,9 +32,9 @@ MASK_SEED = 0  # the same patches are removed every time, so that grids compare
 MIN_TILE = 112  # pixels; smaller images are magnified
 
 
-def preview_images(dataset: Dataset, count: int, input_size: int) -> Tensor:
-    """Images [count, 3, input_size, input_size] spread over a dataset, normalised."""
-    data = SeededDataset(dataset, eval_transform(input_size, crop=1.0), seed=0)
+def preview_images(dataset: Dataset, count: int, transform: Callable) -> Tensor:
+    """Images [count, C, H, W] spread over a dataset, normalised."""
+    data = SeededDataset(dataset, transform, seed=0)
     indices = np.linspace(0, len(data) - 1, min(count, len(data))).astype(int)
     images, _, bad = zip(*(data[0, int(i)] for i in indices), strict=True)
     if is_main_process():
@@ -66,12 +69,18 @@ def reconstruct(model: nn.Module, imgs: Tensor, mask_ratio: float) -> tuple[Tens
     return seen, model.unpatchify(torch.where(removed, pred, target))
 
 
-def reconstruction_grid(model: nn.Module, imgs: Tensor, mask_ratio: float) -> Tensor:
-    """A uint8 picture [3, H', W']: a column for each image; clean, masked, reconstructed rows."""
+def reconstruction_grid(
+    model: nn.Module, imgs: Tensor, mask_ratio: float, pixels: Pixels = RGB
+) -> Tensor:
+    """A uint8 picture [3, H', W']: a column for each image; clean, masked, reconstructed rows.
+
+    Of more than three channels the first three are drawn; of two, the first.
+    """
     seen, reconstructed = reconstruct(model, imgs, mask_ratio)
-    mean, std = (torch.tensor(v).view(3, 1, 1).to(imgs) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(v).view(-1, 1, 1).to(imgs) for v in (pixels.mean, pixels.std))
     rows = torch.cat([imgs, seen, reconstructed]) * std + mean
-    zoom = math.ceil(MIN_TILE / imgs.shape[-1])
+    rows = rows[:, :3] if rows.shape[1] >= 3 else rows[:, :1].expand(-1, 3, -1, -1)
+    zoom = math.ceil(MIN_TILE / min(imgs.shape[-2:]))
     rows = rows.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
     grid = make_grid(rows, nrow=len(imgs), padding=4, pad_value=1.0)
     return (grid.clamp(0, 1) * 255).round().byte().cpu()
@@ -103,8 +112,13 @@ def main(args: argparse.Namespace) -> None:
     flags = state.get("args", {})
     mask_ratio = flags.get("mask_ratio", 0.75) if args.mask_ratio is None else args.mask_ratio
     dataset = open_dataset(args.data_path, train=True)
-    imgs = preview_images(dataset, args.images, model.patch_embed.img_size[0])
-    grid = reconstruction_grid(model, imgs, mask_ratio)
+    vars(args).update(dict.fromkeys(PIXEL_FLAGS), in_chans=model.patch_embed.proj.in_channels)
+    inherit_pixels(args, flags, args.checkpoint)
+    settle_pixels(args, images=dataset)
+    pixels, size = Pixels.of(args), model.patch_embed.img_size
+    transform = eval_transform(size, 1.0, pixels, flags.get("resize", "crop"))
+    imgs = preview_images(dataset, args.images, transform)
+    grid = reconstruction_grid(model, imgs, mask_ratio, pixels)
     try:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         save_image(grid / 255, args.out)

@@ -3,12 +3,14 @@
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from util.errors import UserError
 from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
+from util.sizes import image_size
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,12 @@ def encoder_part(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     return encoder, others
 
 
-def load_encoder(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+def load_encoder(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    source: str | Path,
+    flags: dict[str, Any] | None = None,
+) -> None:
     """Loads all of a downstream ViT except its `head`, and logs what was used and what was not.
 
     Position embeddings are resized to the model's grid. If the model has an `fc_norm` and the
@@ -93,6 +100,7 @@ def load_encoder(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
     Args:
         weights: `load`'s "model": of CAN or MAE, pretrained or fine-tuned, or timm's.
         source: where they come from, for messages.
+        flags: that they were trained with, if known: those of images that are not square.
     Raises:
         UserError: a tensor of the encoder is missing or of another shape, or the weights hold an
             unexpected one; names the first.
@@ -106,7 +114,11 @@ def load_encoder(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
             del wanted[f"fc_norm.{kind}"], encoder[f"norm.{kind}"]
         unused["norm"] = 2
     before = encoder.get("pos_embed")
-    interpolate_pos_embed(model, encoder)
+    grid = None
+    if flags and "patch_embed.proj.weight" in encoder and "pos_embed" in encoder:
+        patch = encoder["patch_embed.proj.weight"].shape[-1]
+        grid = tuple(side // patch for side in image_size(encoder, source, flags))
+    interpolate_pos_embed(model, encoder, grid)
     check_same(wanted, encoder, source)
     model.load_state_dict(model.state_dict() | encoder)
     left = ", ".join(f"{part} ({count})" for part, count in unused.items()) or "nothing"

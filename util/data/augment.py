@@ -1,17 +1,18 @@
 """SimCLR's pixel augmentation on batches of tensors, each image with parameters of its own.
 
-Images are [N, 3, H, W], float in 0 .. 255; parameters are drawn for one image at a time, on the
+Images are [N, C, H, W], float in 0 .. 255; parameters are drawn for one image at a time, on the
 CPU (`util_contrastive.draw_parameters`), and used for whole batches, on the device of the images.
 Equal to torchvision's functional transforms, except that nothing is rounded in between.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 LUMA = (0.2989, 0.587, 0.114)  # grey level of R, G, B (ITU-R BT.601, torchvision's digits)
 
@@ -25,20 +26,26 @@ IDENTITY = (1.0, 0.0, 0.0)
 BEFORE, AFTER = 3, 4  # blends
 
 
-def augment(crops: Tensor, parameters: Tensor) -> Tensor:
+def augment(
+    crops: Tensor,
+    parameters: Tensor,
+    means: Sequence[float] = IMAGENET_MEAN,
+    stds: Sequence[float] = IMAGENET_STD,
+) -> Tensor:
     """Jitters colours, greys, blurs and normalises.
 
     Args:
-        crops: uint8 [N, 3, H, W], on any device.
+        crops: uint8 [N, C, H, W], or float32 in 0 .. 255, on any device.
         parameters: [N, 23], on the CPU: operations that no image of the batch needs are skipped
             without asking the device.
+        means, stds: of the C channels, in 0 .. 1, to normalise by.
     Returns:
-        float32 [N, 3, H, W], normalised by ImageNet's mean and deviation.
+        float32 [N, C, H, W].
     """
     at_once = max(1, CPU_PIXELS // crops[0, 0].numel())
     if crops.device.type == "cpu" and len(crops) > at_once:
         parts = zip(crops.split(at_once), parameters.split(at_once), strict=True)
-        return torch.cat([augment(*part) for part in parts])
+        return torch.cat([augment(*part, means, stds) for part in parts])
     wanted = (parameters[:, :-2].unflatten(1, (-1, 3)) != torch.tensor(IDENTITY)).any(dim=2)
     wanted = wanted.any(dim=0).tolist()
     least_shift = parameters[:, -2].abs().min().item()
@@ -47,7 +54,7 @@ def augment(crops: Tensor, parameters: Tensor) -> Tensor:
     blends = parameters[:, :-2].unflatten(1, (-1, 3)).unbind(1)
     shift, sigma = parameters[:, -2:].unbind(1)
 
-    imgs = crops.float()
+    imgs = crops.to(torch.float32, copy=True)
     for i, weights in enumerate(blends):
         if i == BEFORE and largest_shift:
             shifted = shift_hue(imgs, shift)
@@ -58,7 +65,7 @@ def augment(crops: Tensor, parameters: Tensor) -> Tensor:
             imgs = blend(imgs, weights)
     if largest_sigma:
         imgs = blur(imgs, sigma, math.ceil(BLUR_RADIUS * largest_sigma))
-    for channel, mean, std in zip(imgs.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True):
+    for channel, mean, std in zip(imgs.unbind(1), means, stds, strict=True):
         channel.sub_(255 * mean).mul_(1 / (255 * std))
     return imgs
 
@@ -66,9 +73,12 @@ def augment(crops: Tensor, parameters: Tensor) -> Tensor:
 def blend(imgs: Tensor, weights: Tensor) -> Tensor:
     """Brightness, contrast, saturation or greyscale, by each image's weights [N, 3].
 
-    Weights are of the pixel itself, of its luma, and of the image's mean luma.
+    Weights are of the pixel itself, of its luma, and of the image's mean luma. Where there are not
+    three channels, each is its own luma.
     """
     own, grey, mean = weights[:, :, None, None, None].unbind(1)
+    if imgs.shape[1] != 3:
+        return torch.addcmul(mean * imgs.mean(dim=(2, 3), keepdim=True), own, imgs).clamp_(0, 255)
     red, green, blue = imgs.split(1, dim=1)
     luma = (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
     other = torch.addcmul(mean * luma.mean(dim=(2, 3), keepdim=True), grey, luma)

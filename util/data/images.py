@@ -4,12 +4,11 @@ import os
 import stat
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 from torch.utils.data import Dataset
 
 # Read by content. Pillow knows more formats, such as EPS, for which it runs programs.
@@ -21,6 +20,9 @@ SIDEWAYS = (5, 6, 7, 8)  # orientations whose width is the upright image's heigh
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+TIFFS = (".tif", ".tiff")
+
+
 class BadImage(Exception):
     """A file that is not an image, is broken, or is too large to be decoded."""
 
@@ -29,29 +31,78 @@ class BadImage(Exception):
         super().__init__(line)
 
 
-def open_image(file: str | BinaryIO) -> Image.Image:
+class NotPillows:
+    """A file that Pillow does not read: an array of NumPy's, or a TIFF of many channels.
+
+    Attributes:
+        filename, format, size: as of Pillow's images.
+    """
+
+    def __init__(self, path: str):
+        self.filename, self.format = path, "NPY" if path.lower().endswith(".npy") else "TIFF"
+
+    def open(self) -> np.ndarray:
+        """The array, of which only what is used will be read."""
+        return np.load(self.filename, mmap_mode="r", allow_pickle=False)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        if self.format == "NPY":
+            shape, axes = self.open().shape, ""
+        else:
+            with import_tifffile().TiffFile(self.filename) as file:
+                shape, axes = file.pages[0].shape, file.pages[0].axes
+        first = axes.startswith("S") if axes else len(shape) == 3 and shape[0] < shape[-1]
+        height, width = shape[1:] if first and len(shape) == 3 else shape[:2]
+        return width, height
+
+
+def import_tifffile() -> ModuleType:
+    """Raises BadImage where it is not installed."""
+    try:
+        import tifffile
+    except ImportError:
+        raise BadImage("this TIFF needs a library: pip install tifffile") from None
+    return tifffile
+
+
+def is_deep(image: Image.Image | NotPillows) -> bool:
+    """Whether a file that is not decoded yet has more than 8 bits, or more than Pillow reads."""
+    if isinstance(image, NotPillows):
+        return True
+    read_as = str([tile[3] for tile in getattr(image, "tile", ())])
+    return image.mode.startswith(("I", "F")) or ";16" in read_as or ";12" in read_as
+
+
+def open_image(file: str | BinaryIO) -> Image.Image | NotPillows:
     """An image that is not decoded yet.
 
     Raises:
         BadImage: no image, or one of more pixels than Pillow decodes (179 million).
     """
+    named = file.lower() if isinstance(file, str) else ""
     try:
         if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
             raise BadImage("not a regular file")  # reading a pipe would block
+        if named.endswith(".npy"):
+            return NotPillows(file)
         return Image.open(file, formats=FORMATS)
     except BadImage:
         raise
     except UnidentifiedImageError:
+        if named.endswith(TIFFS) and NotPillows(file).size:
+            return NotPillows(file)
         raise BadImage("unknown format") from None
     except Exception as error:  # Pillow's readers raise all kinds for broken files
         raise BadImage(error) from None
 
 
-def orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image | NotPillows) -> int:
     """An image's EXIF orientation; `UPRIGHT` if it has none that can be read."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
-    except Exception:  # broken EXIF; the pixels may still be fine
+    except Exception:  # none of Pillow's; broken EXIF: the pixels may still be fine
         return UPRIGHT
 
 
@@ -60,8 +111,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return image.size[::-1] if orientation(image) in SIDEWAYS else image.size
 
 
-def to_rgb(image: Image.Image, shrink: int = 1) -> Image.Image:
-    """Decodes an image: RGB of 8 bits, upright, without alpha.
+def to_8_bits(image: Image.Image | NotPillows, mode: str = "RGB", shrink: int = 1) -> Image.Image:
+    """Decodes an image: RGB, or grey for mode "L", of 8 bits, upright, without alpha.
 
     16 bits are scaled to 8; transparent pixels get the colour that the file gives them.
 
@@ -70,10 +121,12 @@ def to_rgb(image: Image.Image, shrink: int = 1) -> Image.Image:
     Raises:
         BadImage: the file is broken, or its pixels have no known range.
     """
+    if isinstance(image, NotPillows):
+        raise BadImage("not of 8 bits, as others are: --pixel_range dtype reads them all")
     try:
         if shrink > 1:
             width, height = image.size
-            image.draft("RGB", (width // shrink, height // shrink))  # affects only JPEGs
+            image.draft(mode, (width // shrink, height // shrink))  # affects only JPEGs
         image.load()
         if orientation(image) != UPRIGHT:
             image = ImageOps.exif_transpose(image)
@@ -82,22 +135,15 @@ def to_rgb(image: Image.Image, shrink: int = 1) -> Image.Image:
             image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
         if image.mode == "F":
             raise ValueError("floating-point pixels have no known range")
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return image if image.mode == mode else image.convert(mode)
     except Exception as error:
         raise BadImage(error) from None
-
-
-def decode(image: Image.Image, shrink: int = 1) -> Tensor:
-    """An image's pixels, uint8 [3, H, W], upright; arguments as for `to_rgb`."""
-    return torch.from_numpy(np.array(to_rgb(image, shrink))).permute(2, 0, 1)
 
 
 def read_image(
     dataset: Dataset, index: int, transform: Callable[[Image.Image], Any]
 ) -> tuple[Any, int]:
-    """A transformed RGB image and its label.
-
-    A transform with `decodes` set gets the image before it is decoded.
+    """A transformed image and its label; the transform decodes it.
 
     Raises:
         BadImage: the file is not a readable image.
@@ -106,7 +152,7 @@ def read_image(
         image, label = dataset[index]
     except Exception as error:  # torchvision's own datasets open, and some decode, in here
         raise BadImage(error) from None
-    return transform(image if getattr(transform, "decodes", False) else to_rgb(image)), label
+    return transform(image), label
 
 
 def name_of(dataset: Dataset, index: int) -> str:

@@ -1,71 +1,173 @@
-"""Transforms of one image at a time, for evaluation, probing and fine-tuning."""
+"""Transforms of one image at a time, for evaluation, probing and fine-tuning.
+
+Each takes an image as `open_image` returns it, decoded or not, and ends with the model's input
+[C, H, W], normalised.
+"""
 
 import argparse
 import itertools
+import logging
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import posterize
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
 
 from util.crop import RandomResizedCrop
+from util.data.pixels import RGB, Pixels
 from util.errors import UserError
+from util.sizes import Side, height_width
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-TO_TENSOR = (T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD))
+logger = logging.getLogger(__name__)
+
+BICUBIC = T.InterpolationMode.BICUBIC
+CROP_SCALE = (0.08, 1.0)  # share of the image's area, of timm's and torchvision's crops
 
 
-def eval_transform(input_size: int, crop: float | None = None) -> T.Compose:
-    """From a PIL image to [3, input_size, input_size]: resized, centre crop, normalised.
+def eval_transform(
+    input_size: Side, crop: float | None = None, pixels: Pixels = RGB, resize: str = "crop"
+) -> T.Compose:
+    """Without augmentation.
 
     Args:
-        crop: the crop's side as a share of the resized image's shorter side; None for MAE's,
-            224/256 up to 224 pixels, 1 for larger ones.
+        input_size: a side in pixels, or (H, W).
+        crop: the centre crop's size as a share of the resized image's; None for MAE's, 224/256 up
+            to 224 pixels, 1 for larger ones.
+        resize: what fits other shapes to the input's: `crop` cuts off what stands over, `squash`
+            changes the aspect, `pad` adds grey (the mean) at two sides.
     """
-    if crop is None:
-        crop = 224 / 256 if input_size <= 224 else 1.0
-    resize = T.Resize(int(input_size / crop), T.InterpolationMode.BICUBIC)
-    return T.Compose([_middle, resize, T.CenterCrop(input_size), *TO_TENSOR])
+    height, width = height_width(input_size)
+    if resize == "squash":
+        steps = [T.Resize((height, width), BICUBIC)]
+    elif resize == "pad":
+        return T.Compose([pixels.load, Fit(height, width), pixels.normalise, Pad(height, width)])
+    elif height == width:
+        crop = crop or (224 / 256 if height <= 224 else 1.0)
+        steps = [_middle, T.Resize(int(height / crop), BICUBIC), T.CenterCrop(height)]
+    else:
+        crop = crop or (224 / 256 if max(height, width) <= 224 else 1.0)
+        steps = [
+            _middle,
+            Cover(int(height / crop), int(width / crop)),
+            T.CenterCrop((height, width)),
+        ]
+    return T.Compose([pixels.load, *steps, pixels.normalise])
 
 
-def _middle(image: Image.Image) -> Image.Image:
+def eval_transform_of(args: argparse.Namespace, crop: float | None = None) -> T.Compose:
+    """The one that flags describe."""
+    return eval_transform(args.input_size, crop, Pixels.of(args), args.resize)
+
+
+def _middle(image: Image.Image | Tensor) -> Image.Image | Tensor:
     # The centre crop of a strip lies in here; resizing all of a very long one would fill memory.
-    longest = 16 * min(image.size)
-    return TF.center_crop(image, [min(side, longest) for side in image.size[::-1]])
+    _, height, width = TF.get_dimensions(image)
+    longest = 16 * min(height, width)
+    return TF.center_crop(image, [min(height, longest), min(width, longest)])
 
 
-def probe_transform(input_size: int) -> T.Compose:
-    """The linear probe's weak augmentation, from a PIL image to [3, input_size, input_size]."""
-    crop = RandomResizedCrop(input_size, interpolation=T.InterpolationMode.BICUBIC)
-    return T.Compose([crop, T.RandomHorizontalFlip(), *TO_TENSOR])
+class Fit:
+    """Resizes to the largest size of the same aspect within H x W."""
+
+    choose = min
+
+    def __init__(self, height: int, width: int):
+        self.height, self.width = height, width
+
+    def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        _, height, width = TF.get_dimensions(image)
+        scale = type(self).choose(self.height / height, self.width / width)
+        size = [max(1, round(height * scale)), max(1, round(width * scale))]
+        return TF.resize(image, size, BICUBIC, antialias=True)
+
+
+class Cover(Fit):
+    """Resizes to the smallest size of the same aspect that covers H x W."""
+
+    choose = max
+
+
+class Pad(Fit):
+    """Adds zeros, the mean of normalised pixels, around a tensor [C, h, w] until it is H x W."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        down, right = self.height - image.shape[1], self.width - image.shape[2]
+        return F.pad(image, (right // 2, right - right // 2, down // 2, down - down // 2))
+
+
+class Turn:
+    """Turns by a random multiple of 90 degrees; of 180 where the image is no square."""
+
+    def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        _, height, width = TF.get_dimensions(image)
+        turns = torch.randint(4, ()).item() if height == width else 2 * torch.randint(2, ()).item()
+        if isinstance(image, Tensor):
+            return torch.rot90(image, turns, (-2, -1))
+        return image.rotate(90 * turns)
+
+
+def flips(flip: str | None, rotate90: bool) -> list:
+    """The transforms of --flip and --rotate90."""
+    steps = [T.RandomHorizontalFlip()] if flip != "none" else []
+    steps += [T.RandomVerticalFlip()] if flip == "both" else []
+    return [*steps, Turn()] if rotate90 else steps
+
+
+def probe_transform(
+    input_size: Side, pixels: Pixels = RGB, flip: str | None = None, rotate90: bool = False
+) -> T.Compose:
+    """The linear probe's weak augmentation."""
+    crop = RandomResizedCrop(height_width(input_size), interpolation=BICUBIC)
+    return T.Compose([pixels.load, crop, *flips(flip, rotate90), pixels.normalise])
+
+
+def probe_transform_of(args: argparse.Namespace) -> T.Compose:
+    """The one that flags describe."""
+    return probe_transform(args.input_size, Pixels.of(args), args.flip, args.rotate90)
 
 
 def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
-    """Fine-tuning's transform, from a PIL image to [3, input_size, input_size]: timm's, patched.
+    """Fine-tuning's transform: timm's, patched; of RGB of 8 bits.
+
+    Of other images only crops, flips, turns and erasing, without timm's policies.
 
     Args:
-        args: input_size; for training also color_jitter, aa, reprob, remode, recount.
+        args: input_size, resize and what `Pixels.of` takes; for training also color_jitter, aa,
+            reprob, remode, recount, flip, rotate90.
     Raises:
         UserError: --aa is not a timm policy, or its numbers do not work.
     """
+    pixels = Pixels.of(args)
     if not is_train:
-        return eval_transform(args.input_size)
+        return eval_transform_of(args)
+    if pixels.scale is not None or pixels.in_chans != 3:
+        if args.aa or args.color_jitter:
+            logger.info("--aa and --color_jitter are for RGB of 8 bits: not used for these images")
+        crop = T.RandomResizedCrop(height_width(args.input_size), CROP_SCALE, interpolation=BICUBIC)
+        erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device="cpu")
+        steps = [crop, *flips(args.flip, args.rotate90), pixels.normalise, erase]
+        return T.Compose([pixels.load, *steps])
     try:
         transform = create_transform(
-            args.input_size,
+            height_width(args.input_size),
             is_training=True,
+            hflip=0.5 if args.flip != "none" else 0.0,
+            vflip=0.5 if args.flip == "both" else 0.0,
             color_jitter=args.color_jitter,
             auto_augment=args.aa or None,
             interpolation="bicubic",
             re_prob=args.reprob,
             re_mode=args.remode,
             re_count=args.recount,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
+            mean=pixels.mean,
+            std=pixels.std,
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(f"--aa {args.aa} is not a timm policy: {error}") from None
@@ -76,10 +178,11 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
             if op.aug_fn is posterize:
                 op.aug_fn = _posterize
     try:
-        transform(Image.new("RGB", (args.input_size, args.input_size)))
+        transform(Image.new("RGB", height_width(args.input_size)))
     except Exception as error:  # of any class: timm checks a policy's numbers when it uses them
         raise UserError(f"--aa {args.aa} does not work: {error or type(error).__name__}") from None
-    return transform
+    steps = [Turn()] if args.rotate90 else []
+    return T.Compose([pixels.load, *steps, *transform.transforms])
 
 
 def _crop_params(image: Image.Image, *ranges: Any) -> tuple[int, int, int, int]:

@@ -22,7 +22,7 @@ from util.lr_sched import global_batch
 from util.precision import Precision
 from util.run.folder import LOG
 from util.run.run import Run
-from util.sizes import patch_size
+from util.sizes import height_width
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +76,13 @@ class RunLog:
         steps: of an epoch.
     Attributes:
         _path, _folder: log.txt and TensorBoard's folder; empty on other ranks.
+        _data: what was opened, for the first line.
         _steps, _offset: of an epoch; added to all, see `Run`.
         _writer, _purge_step: TensorBoard's, opened for the first point, which drops later ones.
     """
 
     def __init__(self, args: Namespace, run: Run, steps: int):
-        self._steps = steps
+        self._steps, self._data = steps, run.data
         main = is_main_process()
         self._path = Path(args.output_dir, LOG) if args.output_dir and main else None
         self._folder = args.log_dir if main else ""
@@ -105,6 +106,7 @@ class RunLog:
         if self._path is None:
             return
         line = {"epoch": epoch} | {f"train_{name}": v for name, v in train.items()} | tests
+        line |= {"data": self._data} if epoch == 0 else {}
         size = None
         try:
             with open(self._path, "a") as file:
@@ -172,9 +174,10 @@ def describe_run(args: Namespace, model: nn.Module, precision: Precision, steps:
         logger.warning(
             f"warning: --warmup_epochs {warmup} is more than a fifth of --epochs {epochs}"
         )
-    side, patch = args.input_size, patch_size(args.model)
-    if (patches := (side // patch) ** 2) > USUAL_PATCHES:
-        why = f"--input_size {side} with patches of {patch} pixels"
+    height, width = height_width(args.input_size)
+    if (patches := height * width // args.patch_size**2) > USUAL_PATCHES:
+        given = f"{height}" if height == width else f"{height} {width}"
+        why = f"--input_size {given} with patches of {args.patch_size} pixels"
         logger.warning(f"warning: {why} makes {patches:,} patches per image: unusual, and slow")
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from util.data.loader import DeviceLoader
+from util.data.survey import inherit_pixels
 from util.distributed import from_rank_zero, get_world_size, host_group
 from util.errors import Stopped, UserError
 from util.lr_sched import global_batch, scale_learning_rate
@@ -32,8 +33,10 @@ LEAST = {"epoch": -1, "images": 0, "world_size": 1, "global_batch": 1}  # what a
 # Flags that define the experiment, of all scripts together; with those of a recipe.
 EXPERIMENT = (
     "seed", "model", "input_size", "weight_mae", "weight_simclr", "noise_loss", "mask_ratio", "std",
-    "global_pool", "layer_decay", "cache_features",
+    "global_pool", "layer_decay", "cache_features", "augment", "flip", "rotate90",
 )  # fmt: skip
+# What checkpoints mean that are older than some flags.
+OLD = RECIPES["release"] | {"augment": "ssl", "flip": None, "rotate90": False}
 # Flags that may differ at a resume without changing what is learnt.
 INDIFFERENT = (
     "device", "num_workers", "pin_mem", "output_dir", "log_dir", "save_freq", "save_interval",
@@ -64,6 +67,7 @@ class Run:
         offset: added to steps to place points in TensorBoard, where an epoch once had another
             number of steps.
         best: the highest score so far.
+        data: what was opened, in words, by split.
         folder: of the checkpoints; None for none.
         _model, _states; _loader, _metrics: what is saved, registered by `resume` and `begin`.
         _resumed, _source: the checkpoint to resume, until all of it is loaded, and its path.
@@ -81,6 +85,7 @@ class Run:
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.epoch, self.step, self.best = args.start_epoch, 0, -math.inf
         self.offset, self._steps, self._saved = 0, 0, ""
+        self.data: dict[str, str] = {}
         self._interrupts = Interrupts(60 * args.save_interval)
         self._model: nn.Module | None = None
         self._states: dict[str, Any] = {}
@@ -102,6 +107,7 @@ class Run:
                     raise UserError(f"{self._source} is damaged: its {name} is {value!r}")
             if resume == "auto":
                 check_experiment(self._resumed, args, self._source)
+        inherit_pixels(args, self._resumed.get("args", {}), self._source, resume == "auto")
         resolve(args, self._resumed)
 
     def _others(self, resume: str) -> str:
@@ -246,6 +252,7 @@ class Run:
         state |= {"args": vars(self.args), "given_accum_iter": self._given["accum_iter"]}
         state["given_lr"] = self._given["lr"]
         state |= {"world_size": get_world_size(), "global_batch": global_batch(self.args)}
+        state["data"] = self.data
         state |= {"bad_images": sorted(self._loader.bad), "best": self.best}
         state["logged_steps"] = self.offset + self.epoch * self._steps + self.step
         failed = []
@@ -301,9 +308,8 @@ def resolve(args: argparse.Namespace, state: dict[str, Any]) -> None:
 
 def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: str | Path) -> None:
     """Raises UserError if `--resume auto` found a checkpoint of another script or objective."""
-    release = RECIPES["release"]  # what checkpoints mean that are older than recipes
-    there, here = release | state.get("args", {}), release | vars(args)
-    for name in (*EXPERIMENT, *release) if state.get("args") else ():
+    there, here = OLD | state.get("args", {}), OLD | vars(args)
+    for name in (*EXPERIMENT, *RECIPES["release"]) if state.get("args") else ():
         values = [repr(flags[name]) if name in flags else "no flag" for flags in (there, here)]
         if values[0] != values[1]:
             raise UserError(

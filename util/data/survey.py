@@ -1,0 +1,268 @@
+"""What was opened, in words; and what a run needs to know of its images' pixels beforehand."""
+
+import argparse
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from util.data.image_folder import ImageFiles, left_out_words
+from util.data.images import BadImage, NotPillows, is_deep, upright_size
+from util.data.pixels import Pixels, dtype_range, read_array, usual
+from util.distributed import from_rank_zero
+from util.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT, MEASURED = 100, 1000  # images: for the words, and for ranges, means and deviations
+PER_IMAGE = 4096  # values of each channel that a measurement takes
+TAILS = (0.1, 99.9)  # percentiles that `--pixel_range auto` maps to 0 and 1
+UNUSED = 8  # a range that is wider than the values by this much is worth a word
+PIXEL_FLAGS = ("in_chans", "pages", "pixel_range", "pixel_mean", "pixel_std")
+
+
+def inherit_pixels(
+    args: argparse.Namespace, flags: dict[str, Any], source: Any, strict: bool = False
+) -> None:
+    """Takes what flags say of pixels from a checkpoint's, where the command line does not.
+
+    Raises:
+        UserError: they differ, and `strict`; otherwise a warning says so.
+    """
+    for name in PIXEL_FLAGS:
+        theirs, ours = flags.get(name), getattr(args, name)
+        if theirs in (None, "dtype"):  # which the data decide
+            continue
+        if ours in (None, "auto"):
+            setattr(args, name, theirs)
+        elif ours != theirs:
+            differs = f"--{name} is {_words(ours)}, but {_words(theirs)} in {source}"
+            if strict:
+                raise UserError(differs)
+            logger.warning(f"warning: {differs}")
+
+
+def settle_pixels(args: argparse.Namespace, **splits: Dataset) -> dict[str, str]:
+    """Sets what flags leave open of channels, range, mean and deviation; by the first split.
+
+    Args:
+        args: the flags of `PIXEL_FLAGS`, which are overwritten; so they are saved.
+        **splits: data sets by name.
+    Returns:
+        What was opened, in words, by split; it has been logged.
+    Raises:
+        UserError: the images have another number of channels, or no known range.
+    """
+
+    def settle() -> tuple[dict[str, Any], dict[str, str]]:
+        words = {name: Survey(data, args).words(name) for name, data in splits.items() if data}
+        _measure(args, next(iter(splits.values())))
+        return {name: getattr(args, name) for name in PIXEL_FLAGS}, words
+
+    found, words = from_rank_zero(settle)
+    vars(args).update(found)
+    for line in words.values():
+        logger.info(line)
+    return words
+
+
+class Survey:
+    """A sample of a data set's images, as they are in their files."""
+
+    def __init__(self, dataset: Dataset, args: argparse.Namespace):
+        self.dataset, self.args = dataset, args
+        self.kinds: Counter[str] = Counter()
+        self.types: Counter[str] = Counter()
+        self.sizes: list[tuple[int, int]] = []
+        self.paged = self.alpha = self.bad = 0
+        self.low, self.high, self.limit = np.inf, -np.inf, 0.0
+        for image in _sample(dataset, LOOKED_AT):
+            try:
+                self._look_at(image)
+            except BadImage:
+                self.bad += 1
+
+    def _look_at(self, image: Image.Image | NotPillows) -> None:
+        self.sizes.append(upright_size(image))
+        frames = getattr(image, "n_frames", 1)
+        if image.format == "JPEG":  # an eighth of the size tells enough
+            image.draft(None, (1, 1))
+        array, kind = read_array(image, self.args.pages or "first")
+        self.paged += frames > 1
+        self.alpha += kind == "alpha"
+        channels = array.shape[2]
+        names = {("colour", 1): "grey", ("colour", 3): "RGB"}
+        alpha = "grey with alpha" if channels == 2 else "RGB with alpha"
+        name = alpha if kind == "alpha" else names.get((kind, channels), f"{channels} channels")
+        self.kinds[f"{name} {array.dtype}"] += 1
+        self.types[array.dtype.name] += 1
+        if array.dtype.kind in "ub":
+            self.limit = max(self.limit, dtype_range(array)[1])
+        low, high = float(np.nanmin(array)), float(np.nanmax(array))
+        self.low, self.high = min(self.low, low), max(self.high, high)
+
+    def words(self, split: str) -> str:
+        """One line; warnings about what is unusual are logged."""
+        data = self.dataset
+        parts = [f"{split}: {len(data):,} images"]
+        if isinstance(data, ImageFiles):
+            parts[0] += f" of {data.root}" + _classes_words(data)
+            if data.left_out:
+                parts.append(f"left out {left_out_words(data.left_out)}")
+        if self.sizes:
+            kinds = [
+                f"{k} ({n})" if len(self.kinds) > 1 else k for k, n in self.kinds.most_common()
+            ]
+            low, high = (pick(self.sizes, key=np.prod) for pick in (min, max))
+            sizes = _size(low) if low == high else f"{_size(low)} to {_size(high)}"
+            seen = (
+                f"{len(self.sizes)} looked at" if len(self.sizes) < len(data) else "all looked at"
+            )
+            parts.append(
+                f"{seen}: {', '.join(kinds)}, {sizes} pixels, values {self.low:g} to {self.high:g}"
+            )
+        self._warn()
+        return "; ".join(parts)
+
+    def _warn(self) -> None:
+        """What is dropped or made worse, and the flag for it."""
+        chans, given = self.args.in_chans or 3, self.args.pixel_range
+        if self.paged and self.args.pages is None:
+            logger.warning(
+                f"warning: {self.paged} of {len(self.sizes)} images have several frames or pages: "
+                "only the first is used; --pages channels takes them as channels"
+            )
+        if self.alpha and chans not in (2, 4):
+            logger.warning(f"warning: {self.alpha} images have an alpha channel, which is not used")
+        grey = [k for k in self.kinds if k.startswith("grey")]
+        if chans == 3 and grey:
+            logger.info("grey images are read as RGB; --in_chans 1 takes them as they are")
+        if chans == 1 and len(grey) < len(self.kinds):
+            logger.info("RGB images are read as grey")
+        span = self.high - self.low
+        if given is None and self.limit > 255 and self.high * UNUSED < self.limit:
+            logger.warning(
+                f"warning: values reach {self.high:g} of {self.limit:g}: --pixel_range 0 "
+                f"{2 ** int(np.ceil(np.log2(self.high + 1))) - 1}, or auto, uses the whole scale"
+            )
+        elif self.limit and self.sizes and span * 32 < self.limit and given is None:
+            logger.warning(
+                f"warning: nearly constant: values {self.low:g} to {self.high:g} of "
+                f"{self.limit:g}; --pixel_range auto stretches them"
+            )
+
+
+def _classes_words(data: ImageFiles) -> str:
+    if data.classes == [""]:
+        return ", without classes"
+    counts = Counter(data.targets)
+    names = {data.classes[label]: count for label, count in counts.items()}
+    least, most = min(names, key=names.get), max(names, key=names.get)
+    empty = f", {len(data.empty)} more without images" if data.empty else ""
+    if names[least] == names[most]:
+        return f" in {len(names)} classes of {names[least]:,}{empty}"
+    span = f"{names[least]:,} ({least}) to {names[most]:,} ({most})"
+    return f" in {len(names)} classes, {span}{empty}"
+
+
+def _measure(args: argparse.Namespace, dataset: Dataset) -> None:
+    """Resolves the flags of pixels that depend on the data; `settle_pixels`'s arguments."""
+    args.in_chans = args.in_chans or 3
+    if args.pixel_range is None and any(map(is_deep, _sample(dataset, MEASURED))):
+        args.pixel_range = "dtype"
+    if args.pixel_range == "auto":
+        args.pixel_range = list(_range_of(_sample(dataset, MEASURED), args))
+        logger.info("--pixel_range {:g} {:g}, measured".format(*args.pixel_range))
+    pixels = Pixels.of(vars(args) | {"pixel_mean": None, "pixel_std": None})
+    _check(pixels, _sample(dataset, LOOKED_AT))
+    names, open_ones = (
+        ("pixel_mean", "pixel_std"),
+        ("auto",) if args.in_chans == 3 else ("auto", None),
+    )
+    if wanted := [name for name in names if getattr(args, name) in open_ones]:
+        found = dict(zip(names, _moments(dataset, pixels), strict=True))
+        for name in wanted:
+            setattr(args, name, found[name])
+            logger.info(f"--{name} {_words(found[name])}, measured")
+    for name in names:
+        values = getattr(args, name) or list(usual(name.removeprefix("pixel_"), args.in_chans))
+        setattr(args, name, values)
+        if len(values) != args.in_chans:
+            raise UserError(f"--{name}: {len(values)} values for {args.in_chans} channels")
+
+
+def _check(pixels: Pixels, images: Iterator) -> None:
+    """Raises UserError if none of the images can be read as the flags say; with the reason."""
+    reasons = []
+    for image in images:
+        try:
+            pixels.load(image)
+            return
+        except BadImage as error:
+            reasons.append(str(error))
+    if reasons:
+        raise UserError(f"images cannot be read: {Counter(reasons).most_common(1)[0][0]}")
+
+
+def _range_of(images: Any, args: argparse.Namespace) -> tuple[float, float]:
+    values = []
+    for image in images:
+        try:
+            array, _ = read_array(image, args.pages or "first")
+        except BadImage:
+            continue
+        values.append(_some(array.reshape(-1, array.shape[2]).astype(np.float64)).ravel())
+    if not values:
+        raise UserError("--pixel_range auto: no image can be read")
+    together = np.concatenate(values)
+    low, high = np.percentile(together[np.isfinite(together)], TAILS)
+    if low == high:
+        raise UserError(f"--pixel_range auto: all pixels are {low:g}")
+    return float(low), float(high)
+
+
+def _moments(dataset: Dataset, pixels: Pixels) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel, in 0 .. 1."""
+    rows = []
+    for image in _sample(dataset, MEASURED):
+        try:
+            loaded = pixels.load(image)
+        except BadImage:
+            continue
+        array = np.asarray(loaded, np.float32)
+        array = (
+            array.reshape(-1, pixels.in_chans)
+            if pixels.scale is None
+            else array.reshape(pixels.in_chans, -1).T
+        )
+        rows.append(_some(array))
+    if not rows:
+        raise UserError("no image can be read to measure mean and deviation")
+    together = np.concatenate(rows).astype(np.float64) / 255
+    deviation = np.maximum(together.std(axis=0), 1e-3)  # of a constant channel
+    return [[float(f"{v:.4g}") for v in found] for found in (together.mean(axis=0), deviation)]
+
+
+def _some(rows: np.ndarray) -> np.ndarray:
+    return rows[:: max(1, len(rows) // PER_IMAGE)]
+
+
+def _sample(dataset: Dataset, count: int) -> Iterator[Image.Image | NotPillows]:
+    """Images spread over a data set, not decoded yet; without those that cannot be opened."""
+    for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)):
+        try:
+            yield dataset[int(index)][0]
+        except Exception:  # named when training meets it
+            continue
+
+
+def _size(size: tuple[int, int]) -> str:
+    return "{} x {}".format(*size)
+
+
+def _words(value: Any) -> str:
+    return " ".join(f"{v:g}" for v in value) if isinstance(value, list | tuple) else str(value)
