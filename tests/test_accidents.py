@@ -58,6 +58,7 @@ def test_a_console_that_is_closed_is_given_up_once():
     assert console.stream.name == os.devnull
 
 
+@starts
 def test_letters_that_a_console_lacks_do_not_end_it(command, tmp_path):
     text = f"{command.replace('--epochs 1', '--epochs 2')} {tmp_path / 'Läufe'} --resume auto"
     done = shell(text, PYTHONIOENCODING="ascii", LC_ALL="C.UTF-8")

@@ -202,6 +202,7 @@ wait
 """
 
 
+@pytest.mark.faults
 def test_mpirun_needs_no_flag(flags, tmp_path):
     command = [sys.executable, "main_pretrain.py", *flags, "--epochs", "1"]
     done = run("bash", "-c", MPI_RUN, "mpirun", *command)
