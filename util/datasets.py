@@ -62,7 +62,7 @@ NAMED: dict[str, Callable[[bool], Dataset]] = {
 
 @dataclass
 class Transformed(Dataset):
-    """Another dataset's images as RGB, transformed, with their labels."""
+    """Another dataset's images, transformed, with their labels."""
 
     dataset: Dataset
     transform: Callable[[Image.Image], Any]

@@ -29,7 +29,7 @@ from util.data.images import (
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 GREY = np.float32([0.299, 0.587, 0.114])  # of RGB, as Pillow's
-ALPHA = {"LA": 1, "PA": 3, "RGBA": 3, "La": 1, "RGBa": 3}  # modes with alpha: channels before it
+ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")  # modes of Pillow's with alpha
 # What makes an array upright, by EXIF orientation.
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr, 3: partial(np.rot90, k=2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
@@ -63,11 +63,10 @@ class Pixels:
         chans, scale = flags.get("in_chans") or 3, flags.get("pixel_range")
         if chans not in (1, 3) or flags.get("pages") == "channels":
             scale = scale or "dtype"
-        mean, std = (
-            tuple(flags.get(f"pixel_{name}") or usual(name, chans)) for name in ("mean", "std")
-        )
+        mean = flags.get("pixel_mean") or (IMAGENET_MEAN if chans == 3 else (0.5,) * chans)
+        std = flags.get("pixel_std") or (IMAGENET_STD if chans == 3 else (0.25,) * chans)
         scale = tuple(scale) if isinstance(scale, list) else scale
-        return cls(chans, flags.get("pages") or "first", scale, mean, std)
+        return cls(chans, flags.get("pages") or "first", scale, tuple(mean), tuple(std))
 
     @property
     def has_colours(self) -> bool:
@@ -109,12 +108,6 @@ class Pixels:
 
 
 RGB = Pixels()  # of 8 bits
-
-
-def usual(name: str, in_chans: int) -> tuple[float, ...]:
-    """ImageNet's `mean` or `std`; of all three channels where there are not three."""
-    values = IMAGENET_MEAN if name == "mean" else IMAGENET_STD
-    return values if in_chans == 3 else (float(np.mean(values)),) * in_chans
 
 
 def dtype_range(array: np.ndarray) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from util.data.image_folder import ImageFiles, left_out_words
 from util.data.images import BadImage, NotPillows, is_deep, upright_size
-from util.data.pixels import Pixels, dtype_range, read_array, usual
+from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels, dtype_range, read_array
 from util.distributed import from_rank_zero
 from util.errors import UserError
 
@@ -179,20 +179,18 @@ def _measure(args: argparse.Namespace, dataset: Dataset) -> None:
         logger.info("--pixel_range {:g} {:g}, measured".format(*args.pixel_range))
     pixels = Pixels.of(vars(args) | {"pixel_mean": None, "pixel_std": None})
     _check(pixels, _sample(dataset, LOOKED_AT))
-    names, open_ones = (
-        ("pixel_mean", "pixel_std"),
-        ("auto",) if args.in_chans == 3 else ("auto", None),
-    )
-    if wanted := [name for name in names if getattr(args, name) in open_ones]:
+    names = ("pixel_mean", "pixel_std")
+    if args.in_chans == 3:  # by default ImageNet's
+        args.pixel_mean = args.pixel_mean or list(IMAGENET_MEAN)
+        args.pixel_std = args.pixel_std or list(IMAGENET_STD)
+    if wanted := [name for name in names if getattr(args, name) in (None, "auto")]:
         found = dict(zip(names, _moments(dataset, pixels), strict=True))
         for name in wanted:
             setattr(args, name, found[name])
             logger.info(f"--{name} {_words(found[name])}, measured")
     for name in names:
-        values = getattr(args, name) or list(usual(name.removeprefix("pixel_"), args.in_chans))
-        setattr(args, name, values)
-        if len(values) != args.in_chans:
-            raise UserError(f"--{name}: {len(values)} values for {args.in_chans} channels")
+        if (count := len(getattr(args, name))) != args.in_chans:
+            raise UserError(f"--{name}: {count} values for {args.in_chans} channels")
 
 
 def _check(pixels: Pixels, images: Iterator) -> None:
@@ -215,7 +213,7 @@ def _range_of(images: Any, args: argparse.Namespace) -> tuple[float, float]:
             array, _ = read_array(image, args.pages or "first")
         except BadImage:
             continue
-        values.append(_some(array.reshape(-1, array.shape[2]).astype(np.float64)).ravel())
+        values.append(_some(array.reshape(-1, array.shape[2])).astype(np.float64).ravel())
     if not values:
         raise UserError("--pixel_range auto: no image can be read")
     together = np.concatenate(values)
@@ -230,16 +228,9 @@ def _moments(dataset: Dataset, pixels: Pixels) -> tuple[list[float], list[float]
     rows = []
     for image in _sample(dataset, MEASURED):
         try:
-            loaded = pixels.load(image)
+            rows.append(_some(pixels.decode(image).flatten(1).T.numpy()))
         except BadImage:
             continue
-        array = np.asarray(loaded, np.float32)
-        array = (
-            array.reshape(-1, pixels.in_chans)
-            if pixels.scale is None
-            else array.reshape(pixels.in_chans, -1).T
-        )
-        rows.append(_some(array))
     if not rows:
         raise UserError("no image can be read to measure mean and deviation")
     together = np.concatenate(rows).astype(np.float64) / 255
