@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from util.data import images
-from util.data.images import BadImage, open_image
+from util.data.images import BadImage, is_deep, open_image
 from util.data.pixels import RGB, Pixels, read_array
 from util.data.transforms import eval_transform
 from util_contrastive import TwoCrops
@@ -126,8 +126,12 @@ def test_grey_and_rgb_stand_for_each_other_and_alpha_is_left_out(tmp_path):
 def test_other_channels_are_refused_with_the_flag_that_reads_them(tmp_path):
     kwargs = INTERLEAVED | {"extrasamples": ["unspecified"]}
     file = write(tmp_path / "four.tif", VALUES[..., :4], **kwargs)
-    with pytest.raises(BadImage, match="4 channels, not 3: --in_chans 4 reads them"):
-        decoded(file)
+    eight = write(tmp_path / "eight.tif", (VALUES[..., :4] >> 8).astype(np.uint8), **kwargs)
+    for path in (file, eight):  # of the second, Pillow would drop the last
+        assert is_deep(open_image(str(path)))
+        with pytest.raises(BadImage, match="4 channels, not 3: --in_chans 4 reads them"):
+            decoded(path)
+    assert decoded(eight, in_chans=4).shape[0] == 4
 
 
 @pytest.mark.parametrize("turn", range(1, 9))

@@ -108,7 +108,8 @@ def open_dataset(data_path: str, train: bool, cache_dir: str = "") -> Dataset:
         raise UserError(f"--data_path {data_path}: {where}{error.strerror}") from None
     if len(dataset) == 0:
         found = left_out_words(dataset.left_out)
-        raise UserError(f"no images in {dataset.root}" + f"; left out {found}" * bool(found))
+        known = "; what can be read: .jpg, .png, .tif, .npy, ... (PRETRAIN.md, Data)"
+        raise UserError(f"no images in {dataset.root}" + f"; left out {found}{known}" * bool(found))
     return dataset
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 # Read by content. Pillow knows more formats, such as EPS, for which it runs programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 UPRIGHT = 1  # EXIF orientation
+SAMPLES = 277  # TIFF's tag for the number of channels
 SIDEWAYS = (5, 6, 7, 8)  # orientations whose width is the upright image's height
 
 # Pillow's warnings about odd files; each loader process would repeat them.
@@ -71,6 +72,8 @@ def is_deep(image: Image.Image | NotPillows) -> bool:
     """Whether a file that is not decoded yet has more than 8 bits, or more than Pillow reads."""
     if isinstance(image, NotPillows):
         return True
+    if image.format == "TIFF" and image.tag_v2.get(SAMPLES, 1) > len(image.getbands()):
+        return True  # bands that Pillow would drop
     read_as = str([tile[3] for tile in getattr(image, "tile", ())])
     return image.mode.startswith(("I", "F")) or ";16" in read_as or ";12" in read_as
 

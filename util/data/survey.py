@@ -59,14 +59,17 @@ def settle_pixels(args: argparse.Namespace, **splits: Dataset) -> dict[str, str]
     """
 
     def settle() -> tuple[dict[str, Any], dict[str, str]]:
-        words = {name: Survey(data, args).words(name) for name, data in splits.items() if data}
-        _measure(args, next(iter(splits.values())))
+        surveys = {name: Survey(data, args) for name, data in splits.items() if data}
+        words = {name: survey.words(name) for name, survey in surveys.items()}
+        for line in words.values():
+            logger.info(line)
+        first = next(iter(surveys.values()))
+        first.warn()
+        _measure(args, first.dataset)
         return {name: getattr(args, name) for name in PIXEL_FLAGS}, words
 
     found, words = from_rank_zero(settle)
     vars(args).update(found)
-    for line in words.values():
-        logger.info(line)
     return words
 
 
@@ -76,7 +79,6 @@ class Survey:
     def __init__(self, dataset: Dataset, args: argparse.Namespace):
         self.dataset, self.args = dataset, args
         self.kinds: Counter[str] = Counter()
-        self.types: Counter[str] = Counter()
         self.sizes: list[tuple[int, int]] = []
         self.paged = self.alpha = self.bad = 0
         self.low, self.high, self.limit = np.inf, -np.inf, 0.0
@@ -87,11 +89,13 @@ class Survey:
                 self.bad += 1
 
     def _look_at(self, image: Image.Image | NotPillows) -> None:
-        self.sizes.append(upright_size(image))
-        frames = getattr(image, "n_frames", 1)
+        size = upright_size(image)
+        # A phone's photo holds small copies of itself.
+        frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
         if image.format == "JPEG":  # an eighth of the size tells enough
             image.draft(None, (1, 1))
         array, kind = read_array(image, self.args.pages or "first")
+        self.sizes.append(size)
         self.paged += frames > 1
         self.alpha += kind == "alpha"
         channels = array.shape[2]
@@ -99,14 +103,13 @@ class Survey:
         alpha = "grey with alpha" if channels == 2 else "RGB with alpha"
         name = alpha if kind == "alpha" else names.get((kind, channels), f"{channels} channels")
         self.kinds[f"{name} {array.dtype}"] += 1
-        self.types[array.dtype.name] += 1
         if array.dtype.kind in "ub":
             self.limit = max(self.limit, dtype_range(array)[1])
         low, high = float(np.nanmin(array)), float(np.nanmax(array))
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def words(self, split: str) -> str:
-        """One line; warnings about what is unusual are logged."""
+        """One line."""
         data = self.dataset
         parts = [f"{split}: {len(data):,} images"]
         if isinstance(data, ImageFiles):
@@ -122,13 +125,13 @@ class Survey:
             seen = (
                 f"{len(self.sizes)} looked at" if len(self.sizes) < len(data) else "all looked at"
             )
-            parts.append(
-                f"{seen}: {', '.join(kinds)}, {sizes} pixels, values {self.low:g} to {self.high:g}"
-            )
-        self._warn()
+            values = f"values {self.low:g} to {self.high:g}"
+            parts.append(f"{seen}: {', '.join(kinds)}, {sizes} pixels, {values}")
+        if self.bad:
+            parts.append(f"{self.bad} of those looked at are not readable")
         return "; ".join(parts)
 
-    def _warn(self) -> None:
+    def warn(self) -> None:
         """What is dropped or made worse, and the flag for it."""
         chans, given = self.args.in_chans or 3, self.args.pixel_range
         if self.paged and self.args.pages is None:
