@@ -107,12 +107,14 @@ class DeviceLoader(DataLoader):
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         if self.num_workers and self._iterator is None:
             self._check_shared_memory()
+        before = set(multiprocessing.active_children())
         try:
             batches = super().__iter__()
-            _processes.update(getattr(batches, "_workers", ()))
         except OSError as error:  # too many open files, no memory for another process
             sys.unraisablehook = lambda _: None  # torch's loader, half made, complains at its end
             raise UserError(f"cannot start {self.num_workers} workers: {error.strerror}") from None
+        finally:
+            _processes.update(set(multiprocessing.active_children()) - before)
         for inputs, labels, *bad in batches:
             for names, reasons in bad:  # as `SeededDataset` has them
                 self._met |= {n: why for n, why in zip(names, reasons, strict=True) if n}
