@@ -16,12 +16,11 @@ from util.data.augment import AFTER, BEFORE, BLUR_RADIUS, IDENTITY, augment
 from util.data.images import NotPillows, upright_size
 from util.data.loader import to_device
 from util.data.pixels import RGB, Pixels
-from util.data.transforms import Turn
+from util.data.transforms import Turn, crop_ratio
 from util.sizes import Side, height_width
 
 # The recipe: strengths are SimCLR's, as in the public CAN release.
 CROP_SCALE = (0.2, 1.0)  # share of the image's area
-CROP_ASPECT = (3 / 4, 4 / 3)  # width by height
 FLIP_P, JITTER_P, GREY_P, BLUR_PROB = 0.5, 0.8, 0.2, 0.5
 JITTER_STRENGTH = 0.5
 JITTER = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue, at strength 1
@@ -128,7 +127,7 @@ class TwoCrops:
         width, height = upright_size(image)
         canvas = torch.empty(1, height, width, device="meta")  # a size, and no pixels
         rows, columns = height_width(self.input_size)
-        aspect = tuple(ratio * columns / rows for ratio in CROP_ASPECT)
+        aspect = crop_ratio(self.input_size)
         boxes, parameters = [], []
         for _ in range(2):
             if self.level == "none":

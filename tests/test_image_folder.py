@@ -59,9 +59,33 @@ def test_splits_are_found_by_their_usual_names(train, val, root):
     assert Path(held_out.root) == root / val
 
 
-def test_val_is_preferred_to_test(root):
+def test_val_is_preferred_to_test_and_that_is_said(root, caplog):
+    caplog.set_level("INFO")
     (root / "Test").mkdir()
     assert Path(open_dataset(str(root), train=False).root) == root / "val"
+    assert "val/ is used, not Test" in caplog.text
+
+
+def test_one_split_name_among_classes_is_no_class(root):
+    (root / "train/bird").rename(root / "train/test")
+    with pytest.raises(UserError, match="folders that are splits, not classes: test"):
+        open_labelled(str(root))
+
+
+def test_pretraining_on_a_validation_folder_is_said(root, caplog):
+    (root / "train").rename(root / "other")
+    assert len(open_dataset(str(root), train=True)) == 18
+    assert f"warning: no train/ in {root}: all of it is used, val/ too" in caplog.text
+
+
+def test_held_out_images_are_told_as_what_they_are(root, capsys):
+    (root / "train/bird/a.dcm").touch()
+    flags = ["--data_path", root, "--model", "vit_nano_patch4", *TINY[2:], "--output_dir", ""]
+    flags += ["--val_fraction", 0.25, "--batch_size", 2, "--knn"]
+    assert run_main(main_linprobe, *flags) == 0
+    out = capsys.readouterr().out
+    assert f"train: 9 images of {root}/train in 3 classes of 3; left out 1 .dcm; all" in out
+    assert f"val: 3 images of {root}/train in 3 classes of 1; left out 1 .dcm; all" in out
 
 
 def test_splits_are_not_classes(root):

@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from util.args import pretrain_parser
 from util.data import images
 from util.data.images import BadImage, is_deep, open_image
 from util.data.pixels import RGB, Pixels, read_array
-from util.data.transforms import eval_transform
+from util.data.survey import Survey
+from util.datasets import open_dataset
 from util_contrastive import TwoCrops
 
 tifffile = pytest.importorskip("tifffile", reason="an optional package: pip install tifffile")
@@ -64,20 +66,32 @@ def test_sixteen_bits_of_any_channels_are_read_as_they_are(name, array, kwargs, 
     assert len(np.unique(pixels.numpy())) == len(np.unique(VALUES[..., :chans]))
 
 
-def test_rgb_pngs_of_sixteen_bits_keep_them(tmp_path):
-    """Pillow would read 8 of them, and cannot write them."""
+def png_of_sixteen_bits(path: Path, rgb: np.ndarray) -> None:
+    """Which Pillow cannot write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    rgb = VALUES[..., :3]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rgb)
-    header = struct.pack(">IIBBBBB", 10, 12, 16, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", *rgb.shape[1::-1], 16, 2, 0, 0, 0)
     parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def test_rgb_pngs_of_sixteen_bits_keep_them(tmp_path):
+    """Pillow would read 8 of them."""
+    rgb = VALUES[..., :3] // 16
+    png_of_sixteen_bits(tmp_path / "a.png", rgb)
     torch.testing.assert_close(decoded(tmp_path / "a.png"), expected(rgb), rtol=0, atol=2e-5)
+    pixels = Pixels(scale=(0, 4095))
+    for view in TwoCrops(12, pixels=pixels, level="none")(open_image(str(tmp_path / "a.png"))):
+        assert len(view.unique()) > 256
+        assert view.mean().abs() < 1
+    args = pretrain_parser().parse_args(["--data_path", "x"])
+    words = Survey(open_dataset(str(tmp_path), train=True), args).words("train")
+    assert f"RGB uint16, 10 x 12 pixels, values {rgb.min()} to {rgb.max()}" in words
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
@@ -158,79 +172,83 @@ def test_without_tifffile_one_line_says_so(tmp_path, monkeypatch):
         open_image(str(file))
 
 
-@pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 5)])
-def test_arrays_that_are_no_images(shape, tmp_path):
-    file = write(tmp_path / "a.npy", np.zeros(shape, np.uint8))
-    with pytest.raises(BadImage, match="is no image"):
-        decoded(file)
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros(5, np.uint8),
+        np.zeros((2, 3, 4, 5)),
+        np.zeros((0, 4, 3)),
+        np.array([["a"]]),
+        np.array([[{}]], dtype=object),
+        b"",
+        b"no array",
+    ],
+)
+def test_arrays_that_are_no_images(array, tmp_path):
+    if isinstance(array, bytes):
+        (tmp_path / "a.npy").write_bytes(array)
+    else:
+        np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(BadImage):
+        open_image(str(tmp_path / "a.npy"))
 
 
-def test_crops_of_deep_images_are_those_of_shallow_ones(tmp_path):
-    """256 grey levels, in 8 bits and in 16; the same boxes, the same colours, no rounding."""
-    rgb = np.asarray(Image.effect_noise((40, 30), 80).convert("RGB").resize((40, 30)))
-    shallow = write(tmp_path / "a.png", rgb)
-    deep = write(tmp_path / "a.tif", rgb.astype(np.uint16) * 257, photometric="rgb")
-    for level in ("ssl", "weak", "none"):
-        views = []
-        for file, pixels in ((shallow, RGB), (deep, Pixels(scale="dtype"))):
-            torch.manual_seed(0)
-            views.append(TwoCrops(16, pixels=pixels, level=level)(open_image(str(file))))
-        for one, two in zip(*views, strict=True):
-            assert (one - two).abs().max() < 0.1  # crops of 8 bits are rounded
-    a, b = (
-        eval_transform(16, pixels=p)(open_image(str(f)))
-        for f, p in ((shallow, RGB), (deep, Pixels(scale="dtype")))
+@pytest.mark.parametrize(
+    ("shape", "size", "chans"),
+    [
+        ((16, 16, 200), (16, 16), 200),
+        ((12, 300, 10), (300, 12), 10),
+        ((4, 9, 8), (8, 9), 4),
+        ((8, 9, 4), (9, 8), 4),
+        ((9, 8), (8, 9), 1),
+        ((1, 9, 8), (8, 9), 1),
+    ],
+)
+def test_an_array_s_channels_are_last_or_its_shortest_side(shape, size, chans, tmp_path):
+    image = open_image(str(write(tmp_path / "a.npy", np.zeros(shape, np.uint8))))
+    assert image.size == size
+    assert Pixels(chans, scale="dtype").decode(image).shape == (chans, *size[::-1])
+
+
+def test_rgb_arrays_are_grey_for_one_channel(tmp_path):
+    file = write(tmp_path / "a.npy", np.full((9, 8, 3), 100, np.uint8))
+    assert (
+        decoded(file, in_chans=1).eq(100).all()
+        or decoded(file, in_chans=1).sub(100).abs().max() < 1e-3
     )
-    assert (a - b).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("size", [(8, 16), (16, 8), 16])
-@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
-@pytest.mark.parametrize("shape", [(40, 40, 3), (10, 90, 3), (90, 10, 3), (1, 1, 3)])
-def test_evaluation_has_the_input_s_size(size, resize, shape):
-    image = Image.fromarray(np.full(shape, 200, np.uint8))
-    height, width = (size, size) if isinstance(size, int) else size
-    assert eval_transform(size, resize=resize)(image).shape == (3, height, width)
-    views = TwoCrops(size)(image) + TwoCrops(size, level="none")(image)
-    assert {view.shape for view in views} == {(3, height, width)}
+def test_signs_and_inverted_greys_of_tiffs(tmp_path):
+    signed = write(tmp_path / "a.tif", np.int8([[-1, 1], [5, -100]]))
+    assert decoded(signed, in_chans=1, scale=(-100, 155)).flatten().tolist() == [99, 101, 105, 0]
+    white = write(tmp_path / "b.tif", VALUES[..., 0], photometric="miniswhite", compression=None)
+    first = decoded(white, in_chans=1)
+    stack = decoded(white, in_chans=1, pages="channels")
+    torch.testing.assert_close(stack, expected(65535 - VALUES[..., :1]), rtol=0, atol=2e-5)
+    assert torch.equal(first, stack)
 
 
-def test_padding_is_the_mean_and_around_the_image():
-    image = Image.fromarray(np.full((16, 4, 3), 255, np.uint8))
-    padded = eval_transform(16, resize="pad")(image)
-    assert torch.equal(padded[:, :, :6], torch.zeros(3, 16, 6))
-    assert (padded[:, :, 6:10] > 2).all()
-    assert torch.equal(padded[:, :, 10:], torch.zeros(3, 16, 6))
+def test_one_bit_is_black_or_white_on_any_scale(tmp_path):
+    Image.fromarray(np.eye(8, dtype=bool)).save(tmp_path / "a.png")
+    for scale in ("dtype", (0, 4095)):
+        assert decoded(tmp_path / "a.png", in_chans=1, scale=scale).unique().tolist() == [0, 255]
 
 
-def test_views_without_augmentation_are_twice_the_middle():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 60, 3), np.uint8))
-    one, two = TwoCrops(20, level="none")(image)
-    assert torch.equal(one, two)
-    middle = eval_transform(20, 1.0)(image.crop((20, 0, 40, 20)))
-    torch.testing.assert_close(one, middle, atol=1e-5, rtol=0)
+def test_colours_of_sixteen_bits_that_nobody_keeps_are_refused(tmp_path):
+    header = b"P6 4 4 65535\n"
+    (tmp_path / "a.ppm").write_bytes(header + VALUES[:4, :4, :3].tobytes())
+    with pytest.raises(BadImage, match="16 bits of each colour are not read"):
+        decoded(tmp_path / "a.ppm")
 
 
-def test_weak_views_are_crops_of_the_same_colours():
-    image = Image.fromarray(np.full((20, 20, 3), (10, 200, 30), np.uint8))
-    for view in TwoCrops(8, level="weak")(image):
-        torch.testing.assert_close(view, eval_transform(8)(image), atol=1e-5, rtol=0)
-
-
-def test_flips_and_quarter_turns():
-    image = Image.fromarray((np.arange(64).reshape(8, 8) * 3).astype(np.uint8)).convert("RGB")
-
-    def seen(**kwargs) -> int:
-        torch.manual_seed(0)
-        views = [
-            v
-            for _ in range(60)
-            for v in TwoCrops(8, crop_scale=(1, 1), level="none", **kwargs)(image)
-        ]
-        return len({view.numpy().tobytes() for view in views})
-
-    assert seen() == seen(flip="none") == 1
-    assert seen(flip="horizontal") == 2
-    assert seen(flip="both") == 4
-    assert seen(flip="none", rotate90=True) == 4
-    assert seen(flip="both", rotate90=True) == 8
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+def test_tiffs_are_upright_however_they_are_read(turn, tmp_path):
+    for name, chans, kind in (("a", 3, "rgb"), ("b", 5, "minisblack")):
+        values = (VALUES[..., :chans] >> 8).astype(np.uint8)
+        extra = [(274, "H", 1, turn, True)]
+        kwargs = {"photometric": kind, "planarconfig": "contig", "extratags": extra}
+        file = str(write(tmp_path / f"{name}.tif", values, **kwargs))
+        upright = {1: values, 3: np.rot90(values, 2), 6: np.rot90(values, -1), 8: np.rot90(values)}
+        found = Pixels(chans, scale="dtype").decode(open_image(file))
+        assert np.array_equal(found.permute(1, 2, 0).numpy(), upright[turn])
+        assert images.upright_size(open_image(file)) == upright[turn].shape[1::-1]

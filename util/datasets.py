@@ -1,6 +1,7 @@
 """Image datasets by folder or name; `build_dataset` and `build_transform` under MAE's names."""
 
 import argparse
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from util.data.image_folder import SPLITS, ImageFiles, find_split, left_out_word
 from util.data.images import read_image
 from util.data.transforms import build_transform
 from util.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 DOWNLOADS = "data"  # torchvision's datasets, under the current folder
 
@@ -124,6 +127,8 @@ def _open_folder(root: Path, train: bool, cache_dir: str) -> ImageFiles:
             other = "main_linprobe.py and main_finetune.py take --val_fraction 0.1 instead"
             raise UserError(f"--data_path {root}: none of {names} in it; {other}")
         split = root
+        if other := find_split(root, False):
+            logger.warning(f"warning: no train/ in {root}: all of it is used, {other.name}/ too")
     cache = Path(cache_dir) / f"files-{'train' if train else 'val'}.json" if cache_dir else None
     return ImageFiles(split, cache)
 
@@ -198,3 +203,4 @@ class _Part(Subset):
         super().__init__(dataset, np.flatnonzero(chosen).tolist())
         if hasattr(dataset, "samples"):
             self.samples = [dataset.samples[i] for i in self.indices]
+            self.targets = [dataset.targets[i] for i in self.indices]

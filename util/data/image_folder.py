@@ -1,5 +1,6 @@
 """Folders of images: which files are images, which folders are splits, classes, or neither."""
 
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -18,17 +19,19 @@ EXTENSIONS = frozenset((
 ))  # fmt: skip
 # Names of the folders for training, and for validation, in any case; the first one found is taken.
 SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation", "test")}
+SURE_SPLITS = {"val", "validation", "test", "training"}
+logger = logging.getLogger(__name__)
 
 
 def find_split(root: Path, train: bool) -> Path | None:
     """The folder of a split, by its usual names."""
     with os.scandir(root) as entries:
         found = {e.name: e for e in entries if e.name.lower() in SPLITS[train] and e.is_dir()}
-    for name in SPLITS[train]:
-        for other in (name, *sorted(found)):
-            if other in found and other.lower() == name:
-                return root / other
-    return None
+    ranks = {name: i for i, name in enumerate(SPLITS[train])}
+    order = sorted(found, key=lambda name: (ranks[name.lower()], name != name.lower(), name))
+    if len(found) > 1:
+        logger.info(f"{order[0]}/ is used, not {_few(sorted(set(found) - {order[0]}))}")
+    return root / order[0] if order else None
 
 
 class ImageFiles(datasets.ImageFolder):
@@ -86,7 +89,8 @@ class ImageFiles(datasets.ImageFolder):
         named = [name for name in self.classes if name.lower() in splits]
         if self.stray:
             return f"images lie beside the class folders: {_few(self.stray)}"
-        if len(named) > 1 or named == self.classes:
+        # A class may be called train or valid.
+        if len(named) > 1 or named == self.classes or {n.lower() for n in named} & SURE_SPLITS:
             return f"folders that are splits, not classes: {_few(named)}"
         if self.empty:
             found = f"; left out: {left_out_words(self.left_out)}" if self.left_out else ""
@@ -96,7 +100,8 @@ class ImageFiles(datasets.ImageFolder):
 
 def left_out_words(counts: Counter[str]) -> str:
     """Such as `3 .txt, 1 .zip`."""
-    return ", ".join(f"{count} {extension}" for extension, count in counts.most_common(5))
+    words = [f"{count} {extension}" for extension, count in counts.most_common(5)]
+    return ", ".join(words + ["..."] * (len(counts) > 5))
 
 
 def _few(names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Image files: opened and decoded in one way everywhere; what is no image is refused."""
 
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 # Read by content. Pillow knows more formats, such as EPS, for which it runs programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 UPRIGHT = 1  # EXIF orientation
-SAMPLES = 277  # TIFF's tag for the number of channels
+ORIENTATION, SAMPLES, SAMPLE_FORMAT = 274, 277, 339  # TIFF's tags
 SIDEWAYS = (5, 6, 7, 8)  # orientations whose width is the upright image's height
 
 # Pillow's warnings about odd files; each loader process would repeat them.
@@ -37,26 +38,36 @@ class NotPillows:
 
     Attributes:
         filename, format, size: as of Pillow's images.
+        orientation: EXIF's.
+    Raises:
+        BadImage: what is in it is no image.
     """
 
     def __init__(self, path: str):
         self.filename, self.format = path, "NPY" if path.lower().endswith(".npy") else "TIFF"
+        self.orientation = UPRIGHT
+        if self.format == "NPY":
+            array, axes = self.open(), ""
+            shape, kind = array.shape, array.dtype.kind
+        else:
+            with import_tifffile().TiffFile(path) as file:
+                page = file.pages[0]
+                shape, axes, kind = page.shape, page.axes, page.dtype.kind
+                if ORIENTATION in page.tags:
+                    self.orientation = int(page.tags[ORIENTATION].value)
+        if len(shape) not in (2, 3) or 0 in shape or kind not in "buif":
+            raise BadImage(f"an array of shape {list(shape)} and kind {kind} is no image")
+        height, width = shape[1:] if channels_first(shape, axes) else shape[:2]
+        self.size = width, height
 
     def open(self) -> np.ndarray:
         """The array, of which only what is used will be read."""
         return np.load(self.filename, mmap_mode="r", allow_pickle=False)
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height."""
-        if self.format == "NPY":
-            shape, axes = self.open().shape, ""
-        else:
-            with import_tifffile().TiffFile(self.filename) as file:
-                shape, axes = file.pages[0].shape, file.pages[0].axes
-        first = axes.startswith("S") if axes else len(shape) == 3 and shape[0] < shape[-1]
-        height, width = shape[1:] if first and len(shape) == 3 else shape[:2]
-        return width, height
+
+def channels_first(shape: tuple[int, ...], axes: str = "") -> bool:
+    """Whether an array is [C, H, W], by tifffile's axes, or where C is its shortest side."""
+    return axes.startswith("S") if axes else len(shape) == 3 and shape[0] < min(shape[1:])
 
 
 def import_tifffile() -> ModuleType:
@@ -72,10 +83,15 @@ def is_deep(image: Image.Image | NotPillows) -> bool:
     """Whether a file that is not decoded yet has more than 8 bits, or more than Pillow reads."""
     if isinstance(image, NotPillows):
         return True
-    if image.format == "TIFF" and image.tag_v2.get(SAMPLES, 1) > len(image.getbands()):
-        return True  # bands that Pillow would drop
-    read_as = str([tile[3] for tile in getattr(image, "tile", ())])
-    return image.mode.startswith(("I", "F")) or ";16" in read_as or ";12" in read_as
+    if not hasattr(image, "deep"):
+        read_as = str([tile[3] for tile in getattr(image, "tile", ())])
+        image.deep = image.mode.startswith(("I", "F")) or ";16" in read_as or ";12" in read_as
+        if image.format == "TIFF":  # bands that Pillow would drop, and signed ones
+            samples, formats = image.tag_v2.get(SAMPLES, 1), image.tag_v2.get(SAMPLE_FORMAT, (1,))
+            image.deep |= samples > len(image.getbands()) or set(formats) - {1} != set()
+        elif image.format == "PPM":
+            image.deep |= any(int(n) > 255 for n in re.findall(r"\d+", read_as))
+    return image.deep
 
 
 def open_image(file: str | BinaryIO) -> Image.Image | NotPillows:
@@ -90,12 +106,19 @@ def open_image(file: str | BinaryIO) -> Image.Image | NotPillows:
             raise BadImage("not a regular file")  # reading a pipe would block
         if named.endswith(".npy"):
             return NotPillows(file)
-        return Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
+        is_deep(image)  # which some files only tell before they are decoded
+        return image
     except BadImage:
         raise
     except UnidentifiedImageError:
-        if named.endswith(TIFFS) and NotPillows(file).size:
-            return NotPillows(file)
+        if named.endswith(TIFFS):
+            try:
+                return NotPillows(file)
+            except BadImage:  # without the library
+                raise
+            except Exception:
+                pass
         raise BadImage("unknown format") from None
     except Exception as error:  # Pillow's readers raise all kinds for broken files
         raise BadImage(error) from None
@@ -103,14 +126,18 @@ def open_image(file: str | BinaryIO) -> Image.Image | NotPillows:
 
 def orientation(image: Image.Image | NotPillows) -> int:
     """An image's EXIF orientation; `UPRIGHT` if it has none that can be read."""
+    if isinstance(image, NotPillows):
+        return image.orientation
     try:
         return image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
-    except Exception:  # none of Pillow's; broken EXIF: the pixels may still be fine
+    except Exception:  # broken EXIF; the pixels may still be fine
         return UPRIGHT
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of the image once it is turned upright."""
+    if getattr(image, "format", "") == "TIFF" and not isinstance(image, NotPillows):
+        return image.size  # Pillow has turned it already
     return image.size[::-1] if orientation(image) in SIDEWAYS else image.size
 
 

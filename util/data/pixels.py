@@ -20,6 +20,7 @@ from util.data.images import (
     UPRIGHT,
     BadImage,
     NotPillows,
+    channels_first,
     import_tifffile,
     is_deep,
     orientation,
@@ -28,8 +29,9 @@ from util.data.images import (
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF's
 GREY = np.float32([0.299, 0.587, 0.114])  # of RGB, as Pillow's
-ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")  # modes of Pillow's with alpha
+ALPHA = ("LA", "RGBA", "La", "RGBa")  # modes of Pillow's with alpha
 # What makes an array upright, by EXIF orientation.
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr, 3: partial(np.rot90, k=2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
@@ -95,7 +97,8 @@ class Pixels:
             array = np.array(to_8_bits(image, self.mode, shrink))
             return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
         array, kind = read_array(image, self.pages)
-        low, high = self.scale if isinstance(self.scale, tuple) else dtype_range(array)
+        given = isinstance(self.scale, tuple) and array.dtype.kind != "b"
+        low, high = self.scale if given else dtype_range(array)
         values = (array.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
         values = np.nan_to_num(values, nan=0.0).clip(0, 255)
         values = fit_channels(values, kind, self.in_chans)
@@ -165,12 +168,12 @@ def read_array(image: Image.Image | NotPillows, pages: str = "first") -> tuple[n
 def _read(image: Image.Image | NotPillows, pages: str) -> tuple[np.ndarray, str]:
     path = getattr(image, "filename", "")
     if isinstance(image, NotPillows) and image.format == "NPY":
-        array = np.asarray(image.open())
-        if array.ndim not in (2, 3):
-            raise BadImage(f"an array of shape {list(array.shape)} is no image")
-        return channels_last(array), "colour" if array.ndim == 2 else "bands"
-    if image.format == "TIFF" and path and (is_deep(image) or pages == "channels"):
+        array = channels_last(np.asarray(image.open()))
+        return array, "colour" if array.shape[2] in (1, 3) else "bands"
+    if image.format == "TIFF" and path and (pages == "channels" or not is_pillow_s(image)):
         return _read_tiff(path, pages)
+    if image.format == "PPM" and is_deep(image) and image.mode == "RGB":
+        raise BadImage("16 bits of each colour are not read from this format; PNG and TIFF are")
     if pages == "channels" and getattr(image, "n_frames", 1) > 1:
         frames = [image.seek(i) or np.array(image.convert("L")) for i in range(image.n_frames)]
         return np.stack(frames, axis=2), "bands"
@@ -189,6 +192,14 @@ def _read(image: Image.Image | NotPillows, pages: str) -> tuple[np.ndarray, str]
     return array.reshape(*array.shape[:2], -1), "alpha" if image.mode in ALPHA else "colour"
 
 
+def is_pillow_s(image: Image.Image | NotPillows) -> bool:
+    """Whether Pillow reads all of a TIFF's values: grey ones of 16 bits, and floating ones."""
+    if isinstance(image, NotPillows) or not is_deep(image):
+        return not isinstance(image, NotPillows)
+    whole = image.mode.startswith("I;16") or image.mode == "F"
+    return whole and image.tag_v2.get(PHOTOMETRIC) != WHITE_IS_ZERO
+
+
 def _read_png(path: str) -> tuple[np.ndarray, str]:
 
     from torchvision.io import ImageReadMode, decode_image, read_file
@@ -203,7 +214,14 @@ def _read_tiff(path: str, pages: str) -> tuple[np.ndarray, str]:
     with import_tifffile().TiffFile(path) as file:
         first = file.pages[0]
         chosen = file.pages if pages == "channels" else [first]
-        planes = [channels_last(page.asarray(), page.axes) for page in chosen]
+        try:
+            planes = [channels_last(page.asarray(), page.axes) for page in chosen]
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            raise BadImage("this TIFF's compression needs pip install imagecodecs") from None
+        if first.photometric.name == "MINISWHITE" and first.dtype.kind == "u":
+            planes = [np.iinfo(plane.dtype).max - plane for plane in planes]
         if len(planes) > 1:
             return np.concatenate(planes, axis=2), "bands"
         if planes[0].shape[2] == 1 or first.photometric.name == "RGB":
@@ -216,8 +234,7 @@ def _read_tiff(path: str, pages: str) -> tuple[np.ndarray, str]:
 
 
 def channels_last(array: np.ndarray, axes: str = "") -> np.ndarray:
-    """[H, W, C] of an array whose channels stand first, last, or nowhere; the shorter axis."""
+    """[H, W, C] of an array whose channels stand first, last, or nowhere."""
     if array.ndim == 2:
         return array[..., None]
-    first = axes.startswith("S") if axes else array.shape[0] < array.shape[-1]
-    return np.moveaxis(array, 0, -1) if first else array
+    return np.moveaxis(array, 0, -1) if channels_first(array.shape, axes) else array

@@ -39,6 +39,8 @@ def inherit_pixels(
             continue
         if ours in (None, "auto"):
             setattr(args, name, theirs)
+            if ours == "auto":
+                logger.info(f"--{name} {_words(theirs)}, as {source} has it")
         elif ours != theirs:
             differs = f"--{name} is {_words(ours)}, but {_words(theirs)} in {source}"
             if strict:
@@ -111,11 +113,12 @@ class Survey:
     def words(self, split: str) -> str:
         """One line."""
         data = self.dataset
+        files = getattr(data, "dataset", data)  # of which it may be a part
         parts = [f"{split}: {len(data):,} images"]
-        if isinstance(data, ImageFiles):
-            parts[0] += f" of {data.root}" + _classes_words(data)
-            if data.left_out:
-                parts.append(f"left out {left_out_words(data.left_out)}")
+        if isinstance(files, ImageFiles):
+            parts[0] += f" of {files.root}" + _classes_words(files, data.targets)
+            if files.left_out:
+                parts.append(f"left out {left_out_words(files.left_out)}")
         if self.sizes:
             kinds = [
                 f"{k} ({n})" if len(self.kinds) > 1 else k for k, n in self.kinds.most_common()
@@ -147,7 +150,7 @@ class Survey:
         if chans == 1 and len(grey) < len(self.kinds):
             logger.info("RGB images are read as grey")
         span = self.high - self.low
-        if given is None and self.limit > 255 and self.high * UNUSED < self.limit:
+        if given is None and self.limit > 255 and 0 < self.high * UNUSED < self.limit:
             logger.warning(
                 f"warning: values reach {self.high:g} of {self.limit:g}: --pixel_range 0 "
                 f"{2 ** int(np.ceil(np.log2(self.high + 1))) - 1}, or auto, uses the whole scale"
@@ -159,10 +162,10 @@ class Survey:
             )
 
 
-def _classes_words(data: ImageFiles) -> str:
+def _classes_words(data: ImageFiles, labels: list[int]) -> str:
     if data.classes == [""]:
         return ", without classes"
-    counts = Counter(data.targets)
+    counts = Counter(labels)
     names = {data.classes[label]: count for label, count in counts.items()}
     least, most = min(names, key=names.get), max(names, key=names.get)
     empty = f", {len(data.empty)} more without images" if data.empty else ""

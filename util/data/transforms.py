@@ -7,6 +7,7 @@ Each takes an image as `open_image` returns it, decoded or not, and ends with th
 import argparse
 import itertools
 import logging
+import math
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from util.sizes import Side, height_width
 logger = logging.getLogger(__name__)
 
 BICUBIC = T.InterpolationMode.BICUBIC
+CROP_ASPECT = (3 / 4, 4 / 3)  # width by height, of crops for square inputs
 CROP_SCALE = (0.08, 1.0)  # share of the image's area, of timm's and torchvision's crops
 
 
@@ -50,11 +52,12 @@ def eval_transform(
         return T.Compose([pixels.load, Fit(height, width), pixels.normalise, Pad(height, width)])
     elif height == width:
         crop = crop or (224 / 256 if height <= 224 else 1.0)
-        steps = [_middle, T.Resize(int(height / crop), BICUBIC), T.CenterCrop(height)]
+        steps = [Middle(1), T.Resize(int(height / crop), BICUBIC), T.CenterCrop(height)]
     else:
         crop = crop or (224 / 256 if max(height, width) <= 224 else 1.0)
+        middle = Middle(max(height / width, width / height))
         steps = [
-            _middle,
+            middle,
             Cover(int(height / crop), int(width / crop)),
             T.CenterCrop((height, width)),
         ]
@@ -66,11 +69,20 @@ def eval_transform_of(args: argparse.Namespace, crop: float | None = None) -> T.
     return eval_transform(args.input_size, crop, Pixels.of(args), args.resize)
 
 
-def _middle(image: Image.Image | Tensor) -> Image.Image | Tensor:
-    # The centre crop of a strip lies in here; resizing all of a very long one would fill memory.
-    _, height, width = TF.get_dimensions(image)
-    longest = 16 * min(height, width)
-    return TF.center_crop(image, [min(height, longest), min(width, longest)])
+class Middle:
+    """Where the centre crop of a strip lies; resizing all of a very long one would fill memory.
+
+    Args:
+        aspect: of the input, its longer side by its shorter.
+    """
+
+    def __init__(self, aspect: float):
+        self.aspect = aspect
+
+    def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        _, height, width = TF.get_dimensions(image)
+        longest = math.ceil(16 * self.aspect * min(height, width))
+        return TF.center_crop(image, [min(height, longest), min(width, longest)])
 
 
 class Fit:
@@ -113,6 +125,12 @@ class Turn:
         return image.rotate(90 * turns)
 
 
+def crop_ratio(input_size: Side) -> tuple[float, float]:
+    """The range of a random crop's width by its height, for an input size."""
+    height, width = height_width(input_size)
+    return tuple(ratio * (width / height) for ratio in CROP_ASPECT)
+
+
 def flips(flip: str | None, rotate90: bool) -> list:
     """The transforms of --flip and --rotate90."""
     steps = [T.RandomHorizontalFlip()] if flip != "none" else []
@@ -124,7 +142,8 @@ def probe_transform(
     input_size: Side, pixels: Pixels = RGB, flip: str | None = None, rotate90: bool = False
 ) -> T.Compose:
     """The linear probe's weak augmentation."""
-    crop = RandomResizedCrop(height_width(input_size), interpolation=BICUBIC)
+    size, ratio = height_width(input_size), crop_ratio(input_size)
+    crop = RandomResizedCrop(size, ratio=ratio, interpolation=BICUBIC)
     return T.Compose([pixels.load, crop, *flips(flip, rotate90), pixels.normalise])
 
 
@@ -150,7 +169,8 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
     if pixels.scale is not None or pixels.in_chans != 3:
         if args.aa or args.color_jitter:
             logger.info("--aa and --color_jitter are for RGB of 8 bits: not used for these images")
-        crop = T.RandomResizedCrop(height_width(args.input_size), CROP_SCALE, interpolation=BICUBIC)
+        size, ratio = height_width(args.input_size), crop_ratio(args.input_size)
+        crop = T.RandomResizedCrop(size, CROP_SCALE, ratio, interpolation=BICUBIC)
         erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device="cpu")
         steps = [crop, *flips(args.flip, args.rotate90), pixels.normalise, erase]
         return T.Compose([pixels.load, *steps])
@@ -158,6 +178,7 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
         transform = create_transform(
             height_width(args.input_size),
             is_training=True,
+            ratio=crop_ratio(args.input_size),
             hflip=0.5 if args.flip != "none" else 0.0,
             vflip=0.5 if args.flip == "both" else 0.0,
             color_jitter=args.color_jitter,
@@ -181,8 +202,9 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
         transform(Image.new("RGB", height_width(args.input_size)))
     except Exception as error:  # of any class: timm checks a policy's numbers when it uses them
         raise UserError(f"--aa {args.aa} does not work: {error or type(error).__name__}") from None
-    steps = [Turn()] if args.rotate90 else []
-    return T.Compose([pixels.load, *steps, *transform.transforms])
+    crop, *steps = transform.transforms
+    turn = [Turn()] if args.rotate90 else []
+    return T.Compose([pixels.load, crop, *turn, *steps])
 
 
 def _crop_params(image: Image.Image, *ranges: Any) -> tuple[int, int, int, int]:
