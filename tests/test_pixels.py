@@ -241,14 +241,45 @@ def test_colours_of_sixteen_bits_that_nobody_keeps_are_refused(tmp_path):
         decoded(tmp_path / "a.ppm")
 
 
+@pytest.mark.parametrize(
+    ("suffix", "name", "place", "byte"),
+    [(".avif", b"av1C", 6, 0x40), (".jp2", b"ihdr", 14, 15), (".j2k", b"\xff\x51", 40, 15)],
+)
+def test_bits_that_pillow_drops_are_told(suffix, name, place, byte, tmp_path, caplog):
+    """By the header: nothing here writes such files."""
+    file = tmp_path / f"a{suffix}"
+    Image.fromarray((VALUES[..., :3] >> 8).astype(np.uint8)).save(file)
+    assert not images.loses_bits(str(file))
+    content = bytearray(file.read_bytes())
+    content[content.find(name) + place] |= byte
+    file.with_stem("b").write_bytes(content)
+    assert images.loses_bits(str(file.with_stem("b")))
+    args = pretrain_parser().parse_args(["--data_path", "x"])
+    Survey([(open_image(str(file)), 0)], args).warn()
+    assert "more bits" not in caplog.text
+    survey = Survey([], args)
+    survey.lossy = 1
+    survey.warn()
+    assert "warning: 1 images have more bits than the 8 that are read" in caplog.text
+
+
 @pytest.mark.parametrize("turn", [1, 3, 6, 8])
 def test_tiffs_are_upright_however_they_are_read(turn, tmp_path):
-    for name, chans, kind in (("a", 3, "rgb"), ("b", 5, "minisblack")):
+    for name, chans, kind in (("a", 3, "rgb"), ("b", 5, "minisblack"), ("c", 1, "minisblack")):
         values = (VALUES[..., :chans] >> 8).astype(np.uint8)
         extra = [(274, "H", 1, turn, True)]
-        kwargs = {"photometric": kind, "planarconfig": "contig", "extratags": extra}
-        file = str(write(tmp_path / f"{name}.tif", values, **kwargs))
+        kwargs = {"photometric": kind, "extratags": extra}
+        kwargs |= {"planarconfig": "contig"} if chans > 1 else {}
+        array = values if chans > 1 else values[..., 0]
+        file = str(write(tmp_path / f"{name}.tif", array, **kwargs))
         upright = {1: values, 3: np.rot90(values, 2), 6: np.rot90(values, -1), 8: np.rot90(values)}
+        if chans < 5:
+            eight = Pixels(chans).decode(open_image(file)).permute(1, 2, 0)
+            assert np.array_equal(eight.numpy(), upright[turn])
         found = Pixels(chans, scale="dtype").decode(open_image(file))
         assert np.array_equal(found.permute(1, 2, 0).numpy(), upright[turn])
         assert images.upright_size(open_image(file)) == upright[turn].shape[1::-1]
+    deep = write(tmp_path / "d.tif", VALUES[..., 0], extratags=extra)
+    upright = {1: VALUES, 3: np.rot90(VALUES, 2), 6: np.rot90(VALUES, -1), 8: np.rot90(VALUES)}
+    wanted = expected(upright[turn][..., :1].copy())
+    torch.testing.assert_close(decoded(deep, in_chans=1), wanted, rtol=0, atol=2e-5)

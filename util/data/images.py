@@ -1,10 +1,12 @@
 """Image files: opened and decoded in one way everywhere; what is no image is refused."""
 
+import io
 import os
 import re
 import stat
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
@@ -94,6 +96,21 @@ def is_deep(image: Image.Image | NotPillows) -> bool:
     return image.deep
 
 
+def loses_bits(path: str) -> bool:
+    """Whether an AVIF or a JPEG 2000 of colours has more than the 8 bits that Pillow reads."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    for name, place, bits in (  # where their headers tell it
+        (b"av1C", 6, lambda byte: 10 if byte & 0x40 else 8),
+        (b"ihdr", 14, lambda byte: (byte & 0x7F) + 1),
+        (b"\xff\x4f\xff\x51", 42, lambda byte: (byte & 0x7F) + 1),
+    ):
+        at = head.find(name) + place
+        if place <= at < len(head):
+            return bits(head[at]) > 8
+    return False
+
+
 def open_image(file: str | BinaryIO) -> Image.Image | NotPillows:
     """An image that is not decoded yet.
 
@@ -108,6 +125,10 @@ def open_image(file: str | BinaryIO) -> Image.Image | NotPillows:
             return NotPillows(file)
         image = Image.open(file, formats=FORMATS)
         is_deep(image)  # which some files only tell before they are decoded
+        sideways = named and image.format == "TIFF" and orientation(image) != UPRIGHT
+        if sideways and not is_deep(image):  # Pillow scrambles those that it maps into memory
+            image = Image.open(io.BytesIO(Path(file).read_bytes()), formats=FORMATS)
+            image.load()
         return image
     except BadImage:
         raise

@@ -170,7 +170,7 @@ def _read(image: Image.Image | NotPillows, pages: str) -> tuple[np.ndarray, str]
     if isinstance(image, NotPillows) and image.format == "NPY":
         array = channels_last(np.asarray(image.open()))
         return array, "colour" if array.shape[2] in (1, 3) else "bands"
-    if image.format == "TIFF" and path and (pages == "channels" or not is_pillow_s(image)):
+    if image.format == "TIFF" and path and (pages == "channels" or not pillow_keeps(image)):
         return _read_tiff(path, pages)
     if image.format == "PPM" and is_deep(image) and image.mode == "RGB":
         raise BadImage("16 bits of each colour are not read from this format; PNG and TIFF are")
@@ -192,12 +192,13 @@ def _read(image: Image.Image | NotPillows, pages: str) -> tuple[np.ndarray, str]
     return array.reshape(*array.shape[:2], -1), "alpha" if image.mode in ALPHA else "colour"
 
 
-def is_pillow_s(image: Image.Image | NotPillows) -> bool:
-    """Whether Pillow reads all of a TIFF's values: grey ones of 16 bits, and floating ones."""
-    if isinstance(image, NotPillows) or not is_deep(image):
-        return not isinstance(image, NotPillows)
-    whole = image.mode.startswith("I;16") or image.mode == "F"
-    return whole and image.tag_v2.get(PHOTOMETRIC) != WHITE_IS_ZERO
+def pillow_keeps(image: Image.Image | NotPillows) -> bool:
+    """Whether Pillow reads all values of a TIFF: of 8 bits, grey of 16 bits, floating."""
+    if isinstance(image, NotPillows):
+        return False
+    deep = image.mode.startswith("I;16") or image.mode == "F"
+    deep &= image.tag_v2.get(PHOTOMETRIC) != WHITE_IS_ZERO and orientation(image) == UPRIGHT
+    return not is_deep(image) or deep
 
 
 def _read_png(path: str) -> tuple[np.ndarray, str]:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from util.data.image_folder import ImageFiles, left_out_words
-from util.data.images import BadImage, NotPillows, is_deep, upright_size
+from util.data.images import BadImage, NotPillows, is_deep, loses_bits, upright_size
 from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels, dtype_range, read_array
 from util.distributed import from_rank_zero
 from util.errors import UserError
@@ -82,7 +82,7 @@ class Survey:
         self.dataset, self.args = dataset, args
         self.kinds: Counter[str] = Counter()
         self.sizes: list[tuple[int, int]] = []
-        self.paged = self.alpha = self.bad = 0
+        self.paged = self.alpha = self.bad = self.lossy = 0
         self.low, self.high, self.limit = np.inf, -np.inf, 0.0
         for image in _sample(dataset, LOOKED_AT):
             try:
@@ -98,6 +98,8 @@ class Survey:
             image.draft(None, (1, 1))
         array, kind = read_array(image, self.args.pages or "first")
         self.sizes.append(size)
+        if image.format in ("AVIF", "JPEG2000") and array.dtype == np.uint8 and image.filename:
+            self.lossy += loses_bits(image.filename)
         self.paged += frames > 1
         self.alpha += kind == "alpha"
         channels = array.shape[2]
@@ -144,6 +146,8 @@ class Survey:
             )
         if self.alpha and chans not in (2, 4):
             logger.warning(f"warning: {self.alpha} images have an alpha channel, which is not used")
+        if self.lossy:
+            logger.warning(f"warning: {self.lossy} images have more bits than the 8 that are read")
         grey = [k for k in self.kinds if k.startswith("grey")]
         if chans == 3 and grey:
             logger.info("grey images are read as RGB; --in_chans 1 takes them as they are")
