@@ -31,10 +31,10 @@ import util.data.augment
 import util_contrastive
 from util.data.order import SeededDataset
 from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD, RGB, Pixels
+from util.data.transforms import CROP_ASPECT
 from util_contrastive import (
     BLUR_PROB,
     BLUR_SIGMA,
-    CROP_ASPECT,
     CROP_SCALE,
     FLIP_P,
     GREY_P,
