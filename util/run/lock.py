@@ -99,7 +99,7 @@ def _beat(ended: threading.Event) -> None:
     while not ended.wait(BEAT):
         for path, (file, content) in list(_held.items()):
             with contextlib.suppress(OSError, ValueError):
-                if (last := _owner(file)) != json.loads(content):
+                if (last := _owner(file, patient=True)) != json.loads(content):
                     _taken.append(f"{path.parent} has been taken by {_words(last)}")
                 else:
                     os.utime(path)
