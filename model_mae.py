@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
 from timm.models.vision_transformer import Block, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -66,7 +65,7 @@ class MaskedAutoencoderViT(nn.Module):
         parts: Parts = Parts(),  # noqa: B008 (frozen)
     ):
         super().__init__()
-        if any(side % patch_size for side in to_2tuple(img_size)):
+        if any(side % patch_size for side in height_width(img_size)):
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         if std < 0:
             raise ValueError(f"std {std} is negative")
@@ -75,7 +74,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.grad_checkpointing = False
 
         block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
-        self.patch_embed = PatchEmbed(to_2tuple(img_size), patch_size, in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(height_width(img_size), patch_size, in_chans, embed_dim)
         tokens = 1 + self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)

@@ -116,7 +116,8 @@ class TwoCrops:
         flip: str | None = None,
         rotate90: bool = False,
     ):
-        self.input_size, self.defer, self.blur_prob = input_size, defer, blur_prob
+        self.size, self.aspect = height_width(input_size), crop_ratio(input_size)
+        self.defer, self.blur_prob = defer, blur_prob
         self.crop_scale, self.jitter = crop_scale, color_jitter(jitter_strength)
         self.pixels, self.level, self.rotate90 = pixels, level, rotate90
         self.flip = flip or ("none" if level == "none" else "horizontal")
@@ -126,18 +127,16 @@ class TwoCrops:
     ) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
         width, height = upright_size(image)
         canvas = torch.empty(1, height, width, device="meta")  # a size, and no pixels
-        rows, columns = height_width(self.input_size)
-        aspect = crop_ratio(self.input_size)
         boxes, parameters = [], []
         for _ in range(2):
             if self.level == "none":
-                boxes.append(middle_box(height, width, columns / rows))
+                boxes.append(middle_box(height, width, self.size[1] / self.size[0]))
             else:
-                boxes.append(T.RandomResizedCrop.get_params(canvas, self.crop_scale, aspect))
+                boxes.append(T.RandomResizedCrop.get_params(canvas, self.crop_scale, self.aspect))
             parameters.append(
                 draw_parameters(self.blur_prob, self.jitter) if self.level == "ssl" else UNCHANGED
             )
-        crops = [self._turned(crop) for crop in cut(image, boxes, (rows, columns), self.pixels)]
+        crops = [self._turned(crop) for crop in cut(image, boxes, self.size, self.pixels)]
         if not self.pixels.has_colours:
             parameters = list(map(without_colours, parameters))
         if self.defer:

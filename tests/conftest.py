@@ -117,6 +117,14 @@ def the_error(stderr: str) -> str:
     return lines[0]
 
 
+def flags_error(parse: Callable, flags: list[str], capsys) -> str:
+    """The one line that a parser ends with, with status 2."""
+    with pytest.raises(SystemExit) as end:
+        parse(*flags)
+    assert end.value.code == 2
+    return the_error(capsys.readouterr().err)
+
+
 def at_step(monkeypatch, epoch: int, index: int, act: Callable[[], object]) -> None:
     """Calls `act` at the beginning of a batch."""
 

@@ -269,10 +269,6 @@ def check_pretrain(args: argparse.Namespace) -> None:
     """
     check_common(args)
     resolve_recipe(args)
-    if args.crop_scale[0] > args.crop_scale[1]:
-        raise ValueError(
-            "--crop_scale {} {}: the first exceeds the second".format(*args.crop_scale)
-        )
     if args.weight_mae == 0 and args.weight_simclr == 0:
         raise ValueError("--weight_mae 0 and --weight_simclr 0 leave nothing to learn")
 

@@ -53,8 +53,9 @@ class ImageFiles(datasets.ImageFolder):
             self._images[folder] = kept = []
             for name in names:
                 extension = os.path.splitext(name)[1].lower()
-                path = os.path.join(root, folder, name)
-                if extension in EXTENSIONS or (not extension and _is_image(path)):
+                if extension in EXTENSIONS or (
+                    not extension and _is_image(os.path.join(root, folder, name))
+                ):
                     kept.append(name)
                 else:
                     self.left_out[extension or "without extension"] += 1

@@ -157,8 +157,8 @@ def read_array(image: Image.Image | NotPillows, pages: str = "first") -> tuple[n
     """
     try:
         array, kind = _read(image, pages)
-        turn = TURNS.get(orientation(image), lambda a: a)
-        return (turn(array) if orientation(image) != UPRIGHT else array), kind
+        turn = TURNS.get(orientation(image))
+        return (turn(array) if turn else array), kind
     except BadImage:
         raise
     except Exception as error:  # readers raise all kinds for broken files

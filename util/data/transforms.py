@@ -8,6 +8,7 @@ import argparse
 import itertools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,17 +51,12 @@ def eval_transform(
         steps = [T.Resize((height, width), BICUBIC)]
     elif resize == "pad":
         return T.Compose([pixels.load, Fit(height, width), pixels.normalise, Pad(height, width)])
-    elif height == width:
-        crop = crop or (224 / 256 if height <= 224 else 1.0)
-        steps = [Middle(1), T.Resize(int(height / crop), BICUBIC), T.CenterCrop(height)]
     else:
         crop = crop or (224 / 256 if max(height, width) <= 224 else 1.0)
+        tall, wide = int(height / crop), int(width / crop)
+        cover = T.Resize(tall, BICUBIC) if height == width else Fit(tall, wide, max)
         middle = Middle(max(height / width, width / height))
-        steps = [
-            middle,
-            Cover(int(height / crop), int(width / crop)),
-            T.CenterCrop((height, width)),
-        ]
+        steps = [middle, cover, T.CenterCrop((height, width))]
     return T.Compose([pixels.load, *steps, pixels.normalise])
 
 
@@ -86,28 +82,23 @@ class Middle:
 
 
 class Fit:
-    """Resizes to the largest size of the same aspect within H x W."""
+    """Resizes, with the same aspect, to the largest size within H x W; for `max`, to cover it."""
 
-    choose = min
-
-    def __init__(self, height: int, width: int):
-        self.height, self.width = height, width
+    def __init__(self, height: int, width: int, choose: Callable = min):
+        self.height, self.width, self.choose = height, width, choose
 
     def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
         _, height, width = TF.get_dimensions(image)
-        scale = type(self).choose(self.height / height, self.width / width)
+        scale = self.choose(self.height / height, self.width / width)
         size = [max(1, round(height * scale)), max(1, round(width * scale))]
         return TF.resize(image, size, BICUBIC, antialias=True)
 
 
-class Cover(Fit):
-    """Resizes to the smallest size of the same aspect that covers H x W."""
-
-    choose = max
-
-
-class Pad(Fit):
+class Pad:
     """Adds zeros, the mean of normalised pixels, around a tensor [C, h, w] until it is H x W."""
+
+    def __init__(self, height: int, width: int):
+        self.height, self.width = height, width
 
     def __call__(self, image: Tensor) -> Tensor:
         down, right = self.height - image.shape[1], self.width - image.shape[2]
