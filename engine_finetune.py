@@ -65,7 +65,9 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
     state = load(source) if source else {}
     inherit_pixels(args, state.get("args", {}), source)
     train, val, classes = from_rank_zero(
-        lambda: open_labelled(args.data_path, args.nb_classes, args.val_fraction, args.output_dir)
+        lambda: open_labelled(
+            args.data_path, args.nb_classes, args.val_fraction, args.output_dir, args.labels
+        )
     )
     run.data = settle_pixels(args, train=train, val=val)
     val_data = SeededDataset(val, eval_transform_of(args), args.seed)

@@ -83,8 +83,8 @@ def main(args: Namespace) -> None:
 def open_images(args: Namespace) -> tuple[Dataset, Dataset | None, int | None]:
     """The images, and for `--eval_freq` those for validation, with labels."""
     if args.eval_freq:
-        return open_labelled(args.data_path, cache_dir=args.output_dir)
-    return open_dataset(args.data_path, True, args.output_dir), None, None
+        return open_labelled(args.data_path, cache_dir=args.output_dir, labels=args.labels)
+    return open_dataset(args.data_path, True, args.output_dir, args.labels), None, None
 
 
 if __name__ == "__main__":

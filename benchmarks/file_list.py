@@ -20,7 +20,7 @@ FOLDERS = 1000  # classes
 
 def main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
-        root, cache = Path(name, "images"), Path(name, "files-train.json")
+        root, cache = Path(name, "images"), Path(name, "files-train.safetensors")
         for folder in range(FOLDERS):
             (root / f"{folder:04}").mkdir(parents=True)
             for file in range(folder, options.files, FOLDERS):

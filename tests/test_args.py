@@ -22,6 +22,7 @@ PRETRAIN_FLAGS = {
     "norm_pix_loss": False, "num_workers": 10, "output_dir": "./output_dir", "overwrite": False,
     "pin_mem": True,
     "precision": "auto", "resume": "", "save_freq": 20, "save_interval": 15.0,
+    "labels": "", "shuffle_window": None,
     "seed": 0, "skip_nonfinite": 0, "start_epoch": 0, "std": 0.05,
     "augment": "ssl", "flip": None, "in_chans": None, "pages": None, "patch_size": 16,
     "pixel_mean": None, "pixel_range": None, "pixel_std": None, "resize": "crop", "rotate90": False,
@@ -36,7 +37,7 @@ SHARED = {
         "keep_last", "local_rank", "log_dir", "lr", "num_workers", "output_dir", "overwrite",
         "pin_mem", "precision", "resume", "save_freq", "save_interval", "seed", "skip_nonfinite",
         "start_epoch", "world_size", "flip", "in_chans", "pages", "patch_size", "pixel_mean",
-        "pixel_range", "pixel_std", "resize", "rotate90",
+        "pixel_range", "pixel_std", "resize", "rotate90", "labels", "shuffle_window",
     )
 }  # fmt: skip
 

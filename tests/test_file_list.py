@@ -1,18 +1,20 @@
 """Files are listed as torchvision lists them, and a kept list is believed only while it is true."""
 
-import json
 import os
 import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import TINY, run_main, the_error
+from safetensors.numpy import save_file
 from torchvision import datasets
 
 import main_pretrain
 import util.data.file_list
-from util.data.file_list import list_files, write_lists
+from util.data.file_list import list_files, strings_of, write_lists
+from util.data.index import Index, Strings
 from util.datasets import open_dataset
 
 LONG_AGO = 1_600_000_000  # seconds
@@ -39,16 +41,28 @@ def settle(folder: Path) -> Path:
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(util.data.file_list, "WORTH_KEEPING", 1)
     (tmp_path / "output").mkdir()
-    return tmp_path / "output" / "files.json"
+    return tmp_path / "output" / "files.safetensors"
 
 
 def test_images_and_labels_are_image_folder_s(folder):
     ours = open_dataset(str(folder), train=True)
     shutil.rmtree(folder / ".c")  # hidden, and not an image folder of ours
     theirs = datasets.ImageFolder(folder, allow_empty=True)
-    assert ours.samples == theirs.samples
-    assert ours.targets == theirs.targets
-    assert ours.class_to_idx == theirs.class_to_idx
+    names = [ours.name(i) for i in range(len(ours))]
+    assert list(zip(names, ours.targets, strict=True)) == theirs.samples
+    assert ours.classes == theirs.classes
+
+
+def is_image(path: str) -> bool:
+    return not path.endswith(".txt")
+
+
+def listing_of(root: Path, cache: Path | None = None) -> dict[str, list[str]]:
+    """Image names by folder."""
+    index = list_files(root, is_image, cache)
+    names = iter(strings_of(index, "names"))
+    folders = zip(strings_of(index, "folders"), index["counts"], strict=True)
+    return {folder: [next(names) for _ in range(count)] for folder, count in folders}
 
 
 def walks(monkeypatch, folder: Path, cache: Path) -> tuple[bool, dict]:
@@ -56,7 +70,7 @@ def walks(monkeypatch, folder: Path, cache: Path) -> tuple[bool, dict]:
     walked = []
     walk = os.walk
     monkeypatch.setattr(os, "walk", lambda *a, **k: walked.append(a) or walk(*a, **k))
-    listing = list_files(folder, cache)
+    listing = listing_of(folder, cache)
     monkeypatch.setattr(os, "walk", walk)
     write_lists()
     return bool(walked), listing
@@ -85,7 +99,7 @@ def test_a_kept_list_is_not_believed_after_a_change(folder, cache, monkeypatch, 
     change(folder)
     again, listing = walks(monkeypatch, folder, cache)
     assert again
-    assert listing == list_files(folder)
+    assert listing == listing_of(folder)
 
 
 def test_another_folder_s_list_is_not_believed(folder, cache, tmp_path, monkeypatch):
@@ -94,22 +108,28 @@ def test_another_folder_s_list_is_not_believed(folder, cache, tmp_path, monkeypa
     assert walks(monkeypatch, tmp_path / "other", cache) == (True, {"": []})
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"root": 1, "times": 2, "files": 3}'])
-def test_a_damaged_list_is_not_believed(folder, cache, monkeypatch, content):
-    cache.write_text(content)
+@pytest.mark.parametrize("damage", ["empty", "cut off", "of no list", "of another version"])
+def test_a_damaged_list_is_not_believed(folder, cache, monkeypatch, damage):
+    walks(monkeypatch, folder, cache)
+    if damage == "of no list":
+        save_file({"names": np.zeros(2)}, cache)
+    elif damage == "of another version":
+        monkeypatch.setattr(util.data.file_list, "RULES", 0)
+    else:
+        cache.write_bytes(cache.read_bytes()[: -9 * (damage == "cut off") or 0])
     assert walks(monkeypatch, folder, cache)[0]
 
 
 def test_a_list_made_while_files_still_arrive_is_not_kept(folder, cache, monkeypatch):
     (folder / "a/now.png").touch()
-    list_files(folder, cache)
+    list_files(folder, is_image, cache)
     write_lists()
     assert not cache.exists()
 
 
 def test_small_folders_leave_nothing_behind(folder, tmp_path):
     (tmp_path / "output").mkdir()
-    list_files(folder, tmp_path / "output/files.json")
+    list_files(folder, is_image, tmp_path / "output/files.safetensors")
     write_lists()
     assert list((tmp_path / "output").iterdir()) == []
 
@@ -122,7 +142,7 @@ def test_a_run_that_cannot_begin_makes_no_folder(photos, tmp_path, monkeypatch, 
     assert "do not fill one step" in the_error(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
     assert run_main(main_pretrain, *flags, "--batch_size", 16) == 0
-    assert (tmp_path / "out" / "files-train.json").exists()
+    assert (tmp_path / "out" / "files-train.safetensors").exists()
 
 
 def test_a_list_of_100_000_files_opens_within_a_second(tmp_path):
@@ -130,16 +150,20 @@ def test_a_list_of_100_000_files_opens_within_a_second(tmp_path):
     for label in range(1000):
         (root / f"{label:03}").mkdir(parents=True)
     settle(root)
-    files = {
-        f"{label:03}": [f"{label:03}_{i:05}.JPEG" for i in range(100)] for label in range(1000)
-    }
-    files[""] = []
-    times = dict.fromkeys(files, LONG_AGO * 10**9)
-    kept = {"root": str(root.resolve()), "times": times, "files": files, "rules": 2}
-    (tmp_path / "files-train.json").write_text(json.dumps(kept))
+    folders = ["", *(f"{label:03}" for label in range(1000))]
+    names = Strings.pack(f"{folder}_{i:05}.JPEG" for folder in folders[1:] for i in range(100))
+    packed = Strings.pack(folders)
+    arrays = {
+        "names": names.data, "names_ends": names.ends, "folders": packed.data,
+        "folders_ends": packed.ends, "counts": np.array([0] + 1000 * [100]),
+        "times": np.full(1001, LONG_AGO * 10**9),
+    }  # fmt: skip
+    notes = {"root": str(root.resolve()), "left_out": {}, "archives": [], "rules": 3}
+    Index(arrays, notes).write(tmp_path / "files-train.safetensors")
 
     begin = time.process_time()
     dataset = open_dataset(str(root), train=True, cache_dir=str(tmp_path))
     assert time.process_time() - begin < 1
     assert len(dataset) == 100_000
-    assert dataset.samples[-1] == (str(root / "999" / "999_00099.JPEG"), 999)
+    assert dataset.name(99_999) == str(root / "999" / "999_00099.JPEG")
+    assert dataset.targets[-1] == 999

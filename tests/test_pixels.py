@@ -3,6 +3,7 @@
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,11 +250,11 @@ def test_bits_that_pillow_drops_are_told(suffix, name, place, byte, tmp_path, ca
     """By the header: nothing here writes such files."""
     file = tmp_path / f"a{suffix}"
     Image.fromarray((VALUES[..., :3] >> 8).astype(np.uint8)).save(file)
-    assert not images.loses_bits(str(file))
+    assert not images.loses_bits(SimpleNamespace(filename=str(file)))
     content = bytearray(file.read_bytes())
     content[content.find(name) + place] |= byte
     file.with_stem("b").write_bytes(content)
-    assert images.loses_bits(str(file.with_stem("b")))
+    assert images.loses_bits(SimpleNamespace(filename=str(file.with_stem("b"))))
     args = pretrain_parser().parse_args(["--data_path", "x"])
     Survey([(open_image(str(file)), 0)], args).warn()
     assert "more bits" not in caplog.text

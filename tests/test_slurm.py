@@ -107,8 +107,14 @@ def test_a_job_goes_on_after_its_time_limit(reference, tmp_path):
     assert_same_state(job.output, reference)
 
 
-def test_a_job_goes_on_after_three_preemptions(reference, tmp_path):
-    job = Submitted(tmp_path, *TWO_NODES, "--save_interval", "1e-4")  # minutes: at every step
+def test_a_job_over_shards_goes_on_after_three_preemptions(reference, tmp_path):
+    """With the full shuffle, as one over the images that they were made of."""
+    made = python("-m", "util.shards", "--data_path", "digits", "--keep_order", "--out",
+                  tmp_path / "shards", "--shard_images", "100")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    flags = ["--data_path", str(tmp_path / "shards"), "--shuffle_window", "0"]
+    flags += ["--save_interval", "1e-4"]  # minutes: at every step
+    job = Submitted(tmp_path, *TWO_NODES, *flags)
     for starts in (1, 2, 3):
         begin = time.time()
         wait_until(

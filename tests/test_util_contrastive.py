@@ -80,7 +80,15 @@ def test_jpegs_are_decoded_at_the_scale_that_no_crop_outgrows(photo, size, expec
     ],
 )
 def test_views_finished_in_batches_are_those_finished_one_by_one(photos, device):
-    args = Namespace(batch_size=8, accum_iter=1, seed=0, num_workers=0, pin_mem=True, output_dir="")
+    args = Namespace(
+        batch_size=8,
+        accum_iter=1,
+        seed=0,
+        num_workers=0,
+        pin_mem=True,
+        output_dir="",
+        shuffle_window=0,
+    )
     batches = []
     for defer, where in ((False, "cpu"), (True, device)):
         transform = TwoCrops(32, defer)

@@ -47,8 +47,13 @@ def common_flags() -> argparse.ArgumentParser:
         help="steps in a row to skip if loss or gradient are not finite; one more ends the run")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", required=True, help="a folder of images, or a built-in dataset: digits "
+    add("--data_path", required=True, help="a folder of images, of tar shards or of Parquet files; "
+        "shards, such as 'shards/{000..127}.tar'; hf:NAME, a dataset of Hugging Face's; or digits "
         "(scikit-learn's, offline), cifar10, ... (torchvision's, downloaded into ./data)")
+    add("--labels", default="", metavar="FILE.csv",
+        help="table of the images' labels: columns file and label; for folders without classes")
+    add("--shuffle_window", type=COUNT, help="images of whole shards to shuffle at once, for "
+        "reading forward; 0: all of the dataset's; default: 20000 of tar shards, else 0")
     add("--input_size", type=number(int, 1, 4096, "[]"), default=224, nargs="+", action=Sides,
         metavar="SIDE", help="side of the images in pixels, or their height and width")
     add("--patch_size", type=number(int, 1, 256, "[]"),

@@ -1,19 +1,24 @@
-"""Image datasets by folder or name; `build_dataset` and `build_transform` under MAE's names."""
+"""Image datasets by path or name; `build_dataset` and `build_transform` under MAE's names."""
 
 import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from torchvision import datasets
 
-from util.data.image_folder import SPLITS, ImageFiles, find_split, left_out_words
+from util.data.image_folder import ImageFiles, find_split, left_out_words
 from util.data.images import read_image
+from util.data.labels import Labelled
+from util.data.members import of_split
+from util.data.shards import Shards, find_archives
+from util.data.source import SPLITS, Part, Source, extension_of
+from util.data.tables import HUB, open_hub, open_parquet
 from util.data.transforms import build_transform
 from util.errors import UserError
 
@@ -88,53 +93,99 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> Dataset:
     return Transformed(open_dataset(args.data_path, is_train), build_transform(is_train, args))
 
 
-def open_dataset(data_path: str, train: bool, cache_dir: str = "") -> Dataset:
+def open_dataset(data_path: str, train: bool, cache_dir: str = "", labels: str = "") -> Dataset:
     """A dataset of (PIL image, label) pairs; files are decoded when their pixels are needed.
 
     Args:
-        data_path: a name of `NAMED`, or a folder with `train/` and `val/` (or others of `SPLITS`),
-            or, for training, any folder of images. `./digits` is a folder, `digits` a name.
+        data_path: a name of `NAMED`; `hf:NAME[:CONFIG]`; a folder of images, of archives or of
+            Parquet files, with `train/` and `val/` (or others of `SPLITS`), or, for training, any;
+            or archives by name, as `find_archives`. `./digits` is a folder, `digits` a name.
         cache_dir: where a large folder's list of files is kept for the next time; '' nowhere.
+        labels: a table of the images' labels, as `Labelled`'s; '' for none.
     Raises:
         UserError: no such folder or name, no images there, or the download failed.
     """
+    if labels and (data_path in NAMED or data_path.startswith(HUB)):
+        raise UserError(f"--labels is for a folder of images, and {data_path} has its own")
     if data_path in NAMED:
         try:
             return NAMED[data_path](train)
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot get the dataset {data_path}: {error}") from None
-    root = Path(data_path)
     try:
-        dataset = _open_folder(root, train, cache_dir)
+        dataset = _open_own(data_path, train, cache_dir)
+        if labels and isinstance(dataset, ImageFiles):
+            dataset = Labelled(dataset, labels, data_path)
+        elif labels:
+            raise UserError(f"--labels is for a folder of images, not {dataset.where}")
     except OSError as error:
         where = "" if error.filename in (None, data_path) else f"{error.filename}: "
         raise UserError(f"--data_path {data_path}: {where}{error.strerror}") from None
     if len(dataset) == 0:
         found = left_out_words(dataset.left_out)
-        known = "; what can be read: .jpg, .png, .tif, .npy, ... (PRETRAIN.md, Data)"
-        raise UserError(f"no images in {dataset.root}" + f"; left out {found}{known}" * bool(found))
+        known = "; what can be read: .jpg, .png, .tif, .npy, ... (docs/DATA.md)"
+        raise UserError(
+            f"no images in {dataset.where}" + f"; left out {found}{known}" * bool(found)
+        )
     return dataset
 
 
-def _open_folder(root: Path, train: bool, cache_dir: str) -> ImageFiles:
+def _open_own(data_path: str, train: bool, cache_dir: str) -> Source:
+    """What lies at a path, or is called by a name of the Hub's."""
+    if data_path.startswith(HUB):
+        return open_hub(data_path, train) or _no_split(data_path, train)
+    if paths := find_archives(data_path):
+        return _open_archives(paths, data_path, train, cache_dir)
+    root = Path(data_path)
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "no such folder"
         raise UserError(f"--data_path {root}: {what}, nor a name: {', '.join(NAMED)}")
     split = find_split(root, train)
+    cache = Path(cache_dir) / f"files-{'train' if train else 'val'}" if cache_dir else None
+    images = ImageFiles(split or root, cache and cache.with_suffix(".safetensors"))
+    if images.archives:
+        return _open_archives(images.archives, split or root, train, cache_dir, bool(split))
     if split is None:
         if not train:
-            names = ", ".join(f"{name}/" for name in SPLITS[train])
-            other = "main_linprobe.py and main_finetune.py take --val_fraction 0.1 instead"
-            raise UserError(f"--data_path {root}: none of {names} in it; {other}")
-        split = root
+            _no_split(root, train)
         if other := find_split(root, False):
             logger.warning(f"warning: no train/ in {root}: all of it is used, {other.name}/ too")
-    cache = Path(cache_dir) / f"files-{'train' if train else 'val'}.json" if cache_dir else None
-    return ImageFiles(split, cache)
+    return images
+
+
+def _no_split(where: str | Path, train: bool) -> NoReturn:
+    names = ", ".join(f"{name}/" for name in SPLITS[train])
+    other = "main_linprobe.py and main_finetune.py take --val_fraction 0.1 instead"
+    raise UserError(f"--data_path {where}: none of {names} in it; {other}")
+
+
+def _open_archives(
+    paths: list[str], where: str | Path, train: bool, cache_dir: str, is_split: bool = False
+) -> Source:
+    """Archives or Parquet files; where their names tell splits, those of one."""
+    kinds = sorted({extension_of(path) for path in paths})
+    if len(kinds) > 1:
+        both = f"holds {' and '.join(kinds)}: name those to use, such as '{where}/*{kinds[0]}'"
+        raise UserError(f"--data_path {where}: {both}")
+    if not is_split:
+        named, other = (of_split(paths, SPLITS[split]) for split in (train, not train))
+        is_split, paths = bool(named), named or paths
+        if other and not named:
+            if not train:
+                _no_split(where, train)
+            logger.warning(f"warning: no files named train in {where}: all are used")
+    words = paths[0] if len(paths) == 1 else f"{len(paths):,} {kinds[0]} files of {where}"
+    if kinds == [".parquet"]:
+        return open_parquet(paths, words) if train or is_split else _no_split(where, train)
+    return Shards(paths, None if is_split else train, words, cache_dir)
 
 
 def open_labelled(
-    data_path: str, nb_classes: int | None = None, val_fraction: float = 0.0, cache_dir: str = ""
+    data_path: str,
+    nb_classes: int | None = None,
+    val_fraction: float = 0.0,
+    cache_dir: str = "",
+    labels: str = "",
 ) -> tuple[Dataset, Dataset, int]:
     """Training and validation images with labels, and the number of classes.
 
@@ -142,22 +193,22 @@ def open_labelled(
         nb_classes: what the data must hold, if given.
         val_fraction: if not 0, the share of each class's training images to validate on, instead
             of the dataset's own validation images; the same ones every time.
-        cache_dir: as `open_dataset`'s.
+        cache_dir, labels: as `open_dataset`'s.
     Raises:
         UserError: no labels, one class, different classes for training and validation, another
             number than nb_classes; or as `open_dataset`.
     """
-    train = open_dataset(data_path, True, cache_dir)
+    train = open_dataset(data_path, True, cache_dir, labels)
     _check_classes(train)
     classes = _classes(train)
     if len(classes) < 2:
-        where = "images must lie in two or more class folders, in train/CLASS/"
+        where = "images must lie in two or more class folders, in train/CLASS/, or have --labels"
         raise UserError(f"--data_path {data_path}: no classes to tell apart: {where}")
     if nb_classes is not None and nb_classes != len(classes):
         raise UserError(f"--nb_classes {nb_classes}: {data_path} has {len(classes)} classes")
     if val_fraction:
         return *_hold_out(train, val_fraction), len(classes)
-    val = open_dataset(data_path, False, cache_dir)
+    val = open_dataset(data_path, False, cache_dir, labels)
     _check_classes(val)
     if classes != _classes(val):
         odd = sorted(set(classes) ^ set(_classes(val)))
@@ -167,40 +218,30 @@ def open_labelled(
 
 
 def _check_classes(dataset: Dataset) -> None:
-    """Raises UserError where the folders of a data set are no classes."""
-    if isinstance(dataset, ImageFiles) and (why := dataset.why_no_classes()):
-        raise UserError(f"{dataset.root}: {why}")
+    """Raises UserError where the labels of a data set cannot be believed."""
+    if isinstance(dataset, Source) and (why := dataset.why_no_classes()):
+        raise UserError(f"{dataset.where}: {why}")
 
 
-def _labels(dataset: Dataset) -> list[int]:
+def _labels(dataset: Dataset) -> np.ndarray:
     """Every image's label; torchvision's datasets have three names for them."""
     names = ("targets", "labels", "_labels")
-    return [int(label) for label in next(getattr(dataset, n) for n in names if hasattr(dataset, n))]
+    return np.asarray(next(getattr(dataset, name) for name in names if hasattr(dataset, name)))
 
 
 def _classes(dataset: Dataset) -> list[str]:
     if hasattr(dataset, "classes"):
         return list(dataset.classes)
-    return [str(label) for label in sorted(set(_labels(dataset)))]
+    return [str(label) for label in np.unique(_labels(dataset)).tolist()]
 
 
 def _hold_out(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     """Splits a dataset; each part gets at least one image of every class."""
-    labels = np.array(_labels(dataset))
+    labels = _labels(dataset)
     shuffled = np.random.default_rng(0).permutation(len(labels))  # whatever --seed is
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         held_out[members[:count]] = True
-    return _Part(dataset, ~held_out), _Part(dataset, held_out)
-
-
-class _Part(Subset):
-    """The chosen images of a dataset, with their file names if it has them."""
-
-    def __init__(self, dataset: Dataset, chosen: np.ndarray):
-        super().__init__(dataset, np.flatnonzero(chosen).tolist())
-        if hasattr(dataset, "samples"):
-            self.samples = [dataset.samples[i] for i in self.indices]
-            self.targets = [dataset.targets[i] for i in self.indices]
+    return Part(dataset, ~held_out), Part(dataset, held_out)

@@ -1,29 +1,39 @@
 """The files below a folder: listed once, and kept beside the output for the next start."""
 
-import json
 import os
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+
+from util.data.index import Index, Strings
 
 WORTH_KEEPING = 10_000  # files; fewer are listed within a second even on slow disks
 SETTLED = 2 * 10**9  # nanoseconds: the clocks of some file systems are as coarse as that
 
 CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")  # not hidden by a dot
-RULES = 2  # what is left out; of a list by other rules nothing is believed
+RULES = 3  # what is left out, and in which order; of a list by other rules nothing is believed
 
-_unwritten: dict[Path, dict] = {}  # by cache file
+_unwritten: dict[Path, Index] = {}  # by cache file
 
 
-def list_files(root: Path, cache: Path | None = None) -> dict[str, list[str]]:
-    """Sorted file names by folder, "" for the root itself, "a/b" below it.
+def list_files(root: Path, is_image: Callable[[str], bool], cache: Path | None = None) -> Index:
+    """The images below a folder, folder by folder; those of a top folder stand together.
 
     Links are followed, unless they lead to a folder that they are in; what is hidden, and what
     macOS leaves in archives, is left out.
 
     Args:
-        cache: a file with `root`'s names. It is valid as long as the modification time of every
+        is_image: tells it from the path.
+        cache: a file with `root`'s list. It is valid as long as the modification time of every
             folder is unchanged: adding, removing or renaming files or folders changes it. If there
             are many files, the next `write_lists` writes it.
+    Returns:
+        `names` and `folders` ("" for the root itself, "a/b" below it), as `strings_of` unpacks
+        them; `counts`, images in each folder. Its notes: `left_out`, the other files' number by
+        extension, and `archives`, those of `ARCHIVES` among them.
     Raises:
         PermissionError: a folder is not readable.
     """
@@ -31,18 +41,55 @@ def list_files(root: Path, cache: Path | None = None) -> dict[str, list[str]]:
     if kept is not None:
         return kept
     listing, times = {}, {}
+    left_out, archives = Counter(), []
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise):
         folders[:] = [name for name in folders if _is_shown(name) and not _is_loop(folder, name)]
         relative = os.path.relpath(folder, root)
         relative = "" if relative == os.curdir else relative
         times[relative] = os.stat(folder).st_mtime_ns
-        listing[relative] = sorted(filter(_is_shown, names))
-    listing = {folder: listing[folder] for folder in sorted(listing)}
+        listing[relative] = images = []
+        for name in sorted(filter(_is_shown, names)):
+            if is_image(path := os.path.join(folder, name)):
+                images.append(name)
+                continue
+            extension = os.path.splitext(name)[1].lower()
+            left_out[extension or "without extension"] += 1
+            if extension in ARCHIVES:
+                archives.append(path)
+    order = sorted(listing)
+    if not listing[""]:
+        order.sort(key=top_of)
+    names = Strings.pack(name for folder in order for name in listing[folder])
+    folders = Strings.pack(order)
+    index = Index(
+        {
+            "names": names.data,
+            "names_ends": names.ends,
+            "folders": folders.data,
+            "folders_ends": folders.ends,
+            "counts": np.array([len(listing[folder]) for folder in order], np.int64),
+            "times": np.array([times[folder] for folder in order], np.int64),
+        },
+        {"root": str(root.resolve()), "rules": RULES, "left_out": left_out},
+    )
+    index.notes["archives"] = [] if len(names) else sorted(archives)
     settled = max(times.values()) < time.time_ns() - SETTLED  # else a change might go unnoticed
-    if cache and settled and sum(map(len, listing.values())) >= WORTH_KEEPING:
-        kept = {"root": str(root.resolve()), "times": times, "files": listing}
-        _unwritten[cache] = kept | {"rules": RULES}
-    return listing
+    if cache and settled and len(names) >= WORTH_KEEPING:
+        keep(cache, index)
+    return index
+
+
+ARCHIVES = (".tar", ".zip", ".parquet")
+
+
+def strings_of(index: Index, name: str) -> Strings:
+    """An index's strings by their name."""
+    return Strings(index[name], index[f"{name}_ends"])
+
+
+def top_of(folder: str) -> str:
+    """The first folder of a relative path."""
+    return folder.split(os.sep)[0]
 
 
 def _is_shown(name: str) -> bool:
@@ -61,25 +108,26 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _read(root: Path, cache: Path) -> dict[str, list[str]] | None:
+def _read(root: Path, cache: Path) -> Index | None:
+    kept = Index.read(cache)
     try:
-        kept = json.loads(cache.read_text())
-        if kept["root"] != str(root.resolve()) or kept.get("rules") != RULES:
-            return None
-        if all(os.stat(root / f).st_mtime_ns == time for f, time in kept["times"].items()):
-            return kept["files"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not one of ours
+        if kept and (kept.notes["root"], kept.notes["rules"]) == (str(root.resolve()), RULES):
+            folders = strings_of(kept, "folders")
+            times = zip(folders, kept["times"].tolist(), strict=True)
+            if all(os.stat(root / folder).st_mtime_ns == time for folder, time in times):
+                return kept
+    except (OSError, KeyError, ValueError):  # a folder is gone, or the file is not one of ours
         pass
     return None
+
+
+def keep(path: Path, index: Index) -> None:
+    """Has the next `write_lists` write an index."""
+    _unwritten[path] = index
 
 
 def write_lists() -> None:
     """Writes the lists to their caches; to be called once the run has its output folder."""
     while _unwritten:
-        cache, content = _unwritten.popitem()
-        temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(content))
-            os.replace(temporary, cache)
-        except OSError:
-            temporary.unlink(missing_ok=True)  # the next start lists them again
+        path, index = _unwritten.popitem()
+        index.write(path)  # if it cannot, the next start lists them again

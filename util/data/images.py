@@ -1,14 +1,14 @@
 """Image files: opened and decoded in one way everywhere; what is no image is refused."""
 
-import io
 import os
 import re
 import stat
 import warnings
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -39,20 +39,21 @@ class NotPillows:
     """A file that Pillow does not read: an array of NumPy's, or a TIFF of many channels.
 
     Attributes:
-        filename, format, size: as of Pillow's images.
+        format, size: as of Pillow's images.
+        source: its path or its bytes.
         orientation: EXIF's.
     Raises:
         BadImage: what is in it is no image.
     """
 
-    def __init__(self, path: str):
-        self.filename, self.format = path, "NPY" if path.lower().endswith(".npy") else "TIFF"
+    def __init__(self, source: str | BytesIO, name: str):
+        self.source, self.format = source, "NPY" if name.lower().endswith(".npy") else "TIFF"
         self.orientation = UPRIGHT
         if self.format == "NPY":
             array, axes = self.open(), ""
             shape, kind = array.shape, array.dtype.kind
         else:
-            with import_tifffile().TiffFile(path) as file:
+            with import_tifffile().TiffFile(content_of(self)) as file:
                 page = file.pages[0]
                 shape, axes, kind = page.shape, page.axes, page.dtype.kind
                 if ORIENTATION in page.tags:
@@ -64,7 +65,14 @@ class NotPillows:
 
     def open(self) -> np.ndarray:
         """The array, of which only what is used will be read."""
-        return np.load(self.filename, mmap_mode="r", allow_pickle=False)
+        mode = "r" if isinstance(self.source, str) else None
+        return np.load(content_of(self), mmap_mode=mode, allow_pickle=False)
+
+
+def content_of(image: Image.Image | NotPillows) -> str | BytesIO | None:
+    """The path that an image was opened from, or its bytes, from their start; None if unknown."""
+    source = getattr(image, "source", None) or getattr(image, "filename", None) or None
+    return BytesIO(source.getvalue()) if isinstance(source, BytesIO) else source
 
 
 def channels_first(shape: tuple[int, ...], axes: str = "") -> bool:
@@ -96,9 +104,10 @@ def is_deep(image: Image.Image | NotPillows) -> bool:
     return image.deep
 
 
-def loses_bits(path: str) -> bool:
+def loses_bits(image: Image.Image) -> bool:
     """Whether an AVIF or a JPEG 2000 of colours has more than the 8 bits that Pillow reads."""
-    with open(path, "rb") as file:
+    content = content_of(image)
+    with open(content, "rb") if isinstance(content, str) else content or BytesIO() as file:
         head = file.read(4096)
     for name, place, bits in (  # where their headers tell it
         (b"av1C", 6, lambda byte: 10 if byte & 0x40 else 8),
@@ -111,23 +120,28 @@ def loses_bits(path: str) -> bool:
     return False
 
 
-def open_image(file: str | BinaryIO) -> Image.Image | NotPillows:
+def open_image(file: str | BytesIO, name: str = "") -> Image.Image | NotPillows:
     """An image that is not decoded yet.
 
+    Args:
+        file: its path or its bytes.
+        name: of the file, if only its bytes are given; what Pillow does not read is told by it.
     Raises:
         BadImage: no image, or one of more pixels than Pillow decodes (179 million).
     """
-    named = file.lower() if isinstance(file, str) else ""
+    named = (file if isinstance(file, str) else name).lower()
     try:
         if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
             raise BadImage("not a regular file")  # reading a pipe would block
         if named.endswith(".npy"):
-            return NotPillows(file)
+            return NotPillows(file, named)
         image = Image.open(file, formats=FORMATS)
+        image.source = file
         is_deep(image)  # which some files only tell before they are decoded
-        sideways = named and image.format == "TIFF" and orientation(image) != UPRIGHT
-        if sideways and not is_deep(image):  # Pillow scrambles those that it maps into memory
-            image = Image.open(io.BytesIO(Path(file).read_bytes()), formats=FORMATS)
+        sideways = image.format == "TIFF" and orientation(image) != UPRIGHT
+        # Pillow scrambles those that it maps into memory.
+        if sideways and isinstance(file, str) and not is_deep(image):
+            image = Image.open(BytesIO(Path(file).read_bytes()), formats=FORMATS)
             image.load()
         return image
     except BadImage:
@@ -135,7 +149,7 @@ def open_image(file: str | BinaryIO) -> Image.Image | NotPillows:
     except UnidentifiedImageError:
         if named.endswith(TIFFS):
             try:
-                return NotPillows(file)
+                return NotPillows(file, named)
             except BadImage:  # without the library
                 raise
             except Exception:
@@ -204,8 +218,3 @@ def read_image(
     except Exception as error:  # torchvision's own datasets open, and some decode, in here
         raise BadImage(error) from None
     return transform(image), label
-
-
-def name_of(dataset: Dataset, index: int) -> str:
-    """An image's file if the dataset names it, else its number."""
-    return dataset.samples[index][0] if hasattr(dataset, "samples") else f"image {index}"

@@ -30,6 +30,7 @@ from util.parents import end_with_parent
 
 logger = logging.getLogger(__name__)
 
+WINDOW = 20_000  # images of shards to shuffle at once, if not given
 MOST_BAD = 0.01  # of a dataset's images may be unreadable; one always may
 BAD_LIST = "bad-images.txt"
 SHARED_MEMORY = Path("/dev/shm")
@@ -167,10 +168,15 @@ def train_loader(
     """Batches in the order of an `EpochSampler`; call its `sampler.set_epoch` before each epoch.
 
     Args:
-        args: also accum_iter and seed.
+        args: also accum_iter, seed and shuffle_window.
         **options: passed on to `DeviceLoader`.
     """
-    sampler = EpochSampler(dataset, args.batch_size * args.accum_iter, args.seed)
+    groups = getattr(getattr(dataset, "dataset", dataset), "groups", None)
+    window = args.shuffle_window
+    if window is None:
+        window = WINDOW if groups is not None and len(groups) > 1 else 0
+    per_step = args.batch_size * args.accum_iter
+    sampler = EpochSampler(dataset, per_step, args.seed, groups, window)
     return DeviceLoader(dataset, sampler, args, device, **options)
 
 

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, DistributedSampler, Sampler
+from torch.utils.data import Dataset, Sampler
 
-from util.data.images import BadImage, name_of, read_image
+from util.data.images import BadImage, read_image
+from util.data.source import name_of
 from util.distributed import get_rank, get_world_size
 from util.errors import UserError
 
+CHUNK = 4096  # numbers of images that are Python objects at once
+NEIGHBOURS = 1000  # images that a window takes together, of files with one each
 REPLACEMENTS = 20  # images to try in place of one that cannot be read
 
 
@@ -65,12 +68,18 @@ class SeededDataset(Dataset):
         return np.random.SeedSequence(self.seed, spawn_key=key)
 
 
-class EpochSampler(DistributedSampler):
+class EpochSampler(Sampler):
     """This process's share of each shuffled epoch, as (epoch, index), in whole optimizer steps.
+
+    The order is a function of (seed, epoch) alone; of W processes the one of rank r has its places
+    r, r + W, ...
 
     Args:
         per_step: images of this process in one step, batch_size x accum_iter. Images that do not
             fill a step of all processes are left out of the epoch.
+        groups: how many images, one after another, lie in one file.
+        window: shuffle the groups, and then images within so many of one group after another, so
+            that files are read a few at a time; 0 shuffles all at once.
     Attributes:
         steps_done: of the epoch, which are left out.
         num_samples, total_size: of this process and of all, as in DistributedSampler.
@@ -78,26 +87,70 @@ class EpochSampler(DistributedSampler):
         UserError: the dataset does not fill one step.
     """
 
-    def __init__(self, dataset: Dataset, per_step: int, seed: int):
-        ranks = {"num_replicas": get_world_size(), "rank": get_rank()}
-        super().__init__(dataset, **ranks, shuffle=True, seed=seed, drop_last=True)
+    def __init__(
+        self,
+        dataset: Dataset,
+        per_step: int,
+        seed: int,
+        groups: np.ndarray | None = None,
+        window: int = 0,
+    ):
+        self.length, self.seed, self.groups, self.window = len(dataset), seed, groups, window
+        self.rank, self.num_replicas = get_rank(), get_world_size()
         global_step = per_step * self.num_replicas
-        steps = len(dataset) // global_step
+        steps = self.length // global_step
         if steps == 0:
             what = f"one step of {global_step} (batch_size x accum_iter x processes)"
-            raise UserError(f"{len(dataset)} images do not fill {what}: lower --batch_size")
-        self.per_step, self.steps_done = per_step, 0
+            raise UserError(f"{self.length} images do not fill {what}: lower --batch_size")
+        self.per_step, self.epoch, self.steps_done = per_step, 0, 0
         self.num_samples = steps * per_step
         self.total_size = self.num_samples * self.num_replicas
 
+    def __len__(self) -> int:
+        return self.num_samples
+
     def set_epoch(self, epoch: int, steps_done: int = 0) -> None:
         """Chooses the epoch to draw next, without its first steps if they are done already."""
-        super().set_epoch(epoch)
-        self.steps_done = steps_done
+        self.epoch, self.steps_done = epoch, steps_done
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        keys = ((self.epoch, index) for index in super().__iter__())
-        return itertools.islice(keys, self.steps_done * self.per_step, None)
+        place = self.rank + self.steps_done * self.per_step * self.num_replicas  # in the epoch
+        for start, images in self._windows(place):
+            end = min(start + len(images), self.total_size)
+            for chunk in range(place, end, CHUNK * self.num_replicas):
+                last = min(end, chunk + CHUNK * self.num_replicas)
+                chosen = images[chunk - start : last - start : self.num_replicas]
+                yield from ((self.epoch, index) for index in chosen.tolist())
+            place += len(range(place, end, self.num_replicas)) * self.num_replicas
+
+    def _windows(self, place: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The epoch's order from a place on: where each window starts, and its shuffled images."""
+        if not self.window:
+            draws = torch.Generator().manual_seed(self.seed + self.epoch)  # as DistributedSampler
+            yield 0, torch.randperm(self.length, generator=draws).numpy()
+            return
+        groups = self.groups
+        if groups is None:  # of files of one image each, neighbours
+            groups = np.full(-(-self.length // NEIGHBOURS), NEIGHBOURS)
+            groups[-1] -= groups.sum() - self.length
+        firsts = np.cumsum(groups) - groups
+        order = self._draws(0).permutation(len(groups))
+        window = (np.cumsum(groups[order]) - groups[order]) // self.window  # of each group
+        bounds = np.flatnonzero(np.diff(window, prepend=-1, append=-1))
+        start = 0
+        for number, chosen in enumerate(itertools.starmap(slice, itertools.pairwise(bounds))):
+            members = order[chosen]
+            size = int(groups[members].sum())
+            if start + size > place:
+                images = np.concatenate(
+                    [np.arange(firsts[g], firsts[g] + groups[g]) for g in members]
+                )
+                yield start, self._draws(1, number).permutation(images)
+            start += size
+
+    def _draws(self, *key: int) -> np.random.Generator:
+        words = np.random.SeedSequence(self.seed, spawn_key=(1, self.epoch, *key))
+        return np.random.Generator(np.random.PCG64(words))
 
 
 class EvalSampler(Sampler):

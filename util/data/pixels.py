@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from util.data.images import (
     BadImage,
     NotPillows,
     channels_first,
+    content_of,
     import_tifffile,
     is_deep,
     orientation,
@@ -166,19 +168,19 @@ def read_array(image: Image.Image | NotPillows, pages: str = "first") -> tuple[n
 
 
 def _read(image: Image.Image | NotPillows, pages: str) -> tuple[np.ndarray, str]:
-    path = getattr(image, "filename", "")
+    source = content_of(image)
     if isinstance(image, NotPillows) and image.format == "NPY":
         array = channels_last(np.asarray(image.open()))
         return array, "colour" if array.shape[2] in (1, 3) else "bands"
-    if image.format == "TIFF" and path and (pages == "channels" or not pillow_keeps(image)):
-        return _read_tiff(path, pages)
+    if image.format == "TIFF" and source and (pages == "channels" or not pillow_keeps(image)):
+        return _read_tiff(source, pages)
     if image.format == "PPM" and is_deep(image) and image.mode == "RGB":
         raise BadImage("16 bits of each colour are not read from this format; PNG and TIFF are")
     if pages == "channels" and getattr(image, "n_frames", 1) > 1:
         frames = [image.seek(i) or np.array(image.convert("L")) for i in range(image.n_frames)]
         return np.stack(frames, axis=2), "bands"
-    if image.format == "PNG" and path and is_deep(image) and not image.mode.startswith("I"):
-        return _read_png(path)  # Pillow would halve the bits of RGB
+    if image.format == "PNG" and source and is_deep(image) and not image.mode.startswith("I"):
+        return _read_png(source)  # Pillow would halve the bits of RGB
     image.load()
     if image.mode == "P":
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
@@ -201,18 +203,20 @@ def pillow_keeps(image: Image.Image | NotPillows) -> bool:
     return not is_deep(image) or deep
 
 
-def _read_png(path: str) -> tuple[np.ndarray, str]:
+def _read_png(source: str | BytesIO) -> tuple[np.ndarray, str]:
+    from torchvision.io import ImageReadMode, decode_image
 
-    from torchvision.io import ImageReadMode, decode_image, read_file
+    content = np.fromfile(source, np.uint8) if isinstance(source, str) else source.getbuffer()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that another package will have this one day
-        array = decode_image(read_file(path), ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+        array = decode_image(torch.from_numpy(np.array(content)), ImageReadMode.UNCHANGED)
+        array = array.permute(1, 2, 0).numpy()
     return array, "colour" if array.shape[2] in (1, 3) else "alpha"
 
 
-def _read_tiff(path: str, pages: str) -> tuple[np.ndarray, str]:
-    with import_tifffile().TiffFile(path) as file:
+def _read_tiff(source: str | BytesIO, pages: str) -> tuple[np.ndarray, str]:
+    with import_tifffile().TiffFile(source) as file:
         first = file.pages[0]
         chosen = file.pages if pages == "channels" else [first]
         try:

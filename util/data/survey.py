@@ -10,14 +10,16 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from util.data.image_folder import ImageFiles, left_out_words
+from util.data.image_folder import left_out_words
 from util.data.images import BadImage, NotPillows, is_deep, loses_bits, upright_size
 from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels, dtype_range, read_array
+from util.data.source import Source
 from util.distributed import from_rank_zero
 from util.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+SOME = 10_000_000  # labels counted at once: bounds the memory for it
 LOOKED_AT, MEASURED = 100, 1000  # images: for the words, and for ranges, means and deviations
 PER_IMAGE = 4096  # values of each channel that a measurement takes
 TAILS = (0.1, 99.9)  # percentiles that `--pixel_range auto` maps to 0 and 1
@@ -98,8 +100,8 @@ class Survey:
             image.draft(None, (1, 1))
         array, kind = read_array(image, self.args.pages or "first")
         self.sizes.append(size)
-        if image.format in ("AVIF", "JPEG2000") and array.dtype == np.uint8 and image.filename:
-            self.lossy += loses_bits(image.filename)
+        if image.format in ("AVIF", "JPEG2000") and array.dtype == np.uint8:
+            self.lossy += loses_bits(image)
         self.paged += frames > 1
         self.alpha += kind == "alpha"
         channels = array.shape[2]
@@ -117,8 +119,8 @@ class Survey:
         data = self.dataset
         files = getattr(data, "dataset", data)  # of which it may be a part
         parts = [f"{split}: {len(data):,} images"]
-        if isinstance(files, ImageFiles):
-            parts[0] += f" of {files.root}" + _classes_words(files, data.targets)
+        if isinstance(files, Source):
+            parts[0] += f" of {files.where}" + _classes_words(files, data.targets)
             if files.left_out:
                 parts.append(f"left out {left_out_words(files.left_out)}")
         if self.sizes:
@@ -166,11 +168,13 @@ class Survey:
             )
 
 
-def _classes_words(data: ImageFiles, labels: list[int]) -> str:
+def _classes_words(data: Source, labels: np.ndarray) -> str:
     if data.classes == [""]:
         return ", without classes"
-    counts = Counter(labels)
-    names = {data.classes[label]: count for label, count in counts.items()}
+    counts = np.zeros(len(data.classes) + 1, np.int64)  # the last for those without a label
+    for some in np.array_split(labels, len(labels) // SOME + 1):
+        counts += np.bincount(some % len(counts), minlength=len(counts))
+    names = {name: int(n) for name, n in zip(data.classes, counts, strict=False) if n}
     least, most = min(names, key=names.get), max(names, key=names.get)
     empty = f", {len(data.empty)} more without images" if data.empty else ""
     if names[least] == names[most]:

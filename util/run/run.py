@@ -48,6 +48,7 @@ IMAGES = "the epoch continues at the same image, in steps of the new size"
 MEANING = dict.fromkeys(("epochs", "warmup_epochs", "lr", "blr", "min_lr"), SCHEDULE)
 MEANING |= {"batch_size": IMAGES, "accum_iter": IMAGES}
 MEANING["data_path"] = "the epoch continues at the same position, of what images are there now"
+MEANING["shuffle_window"] = "in another order: some images of this epoch are seen twice, some not"
 # What loading a state of another kind or objective raises.
 MISFIT = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
 
@@ -181,9 +182,9 @@ class Run:
             raise UserError(f"{self._source} cannot be resumed: {at}")
         position = self.epoch * steps + self.step
         self.offset = state.get("logged_steps", position) - position
-        here = ("image ", str(Path(self.args.data_path)))  # of other data they do not count
-        names = map(str, state.get("bad_images", []))
-        loader.remember_bad(name for name in names if name.startswith(here))
+        before = state.get("args", {}).get("data_path", self.args.data_path)
+        if Path(before) == Path(self.args.data_path):  # of other data they do not count
+            loader.remember_bad(map(str, state.get("bad_images", [])))
         if self.step and state.get("metrics"):
             device = next(self._model.parameters()).device
             try:

@@ -138,7 +138,8 @@ def _warn_of_missing(args: Namespace) -> None:
     """Warns of paths that are not on this machine; they may exist where the job runs."""
     for name in ("data_path", "finetune", "resume"):
         path = getattr(args, name, "")
-        if os.sep in path and "://" not in path and not os.path.exists(path):
+        named = "://" in path or path.startswith("hf:") or any(c in path for c in "{*?")
+        if os.sep in path and not named and not os.path.exists(path):
             print(f"warning: --{name} {path} is not on this machine", file=sys.stderr)
 
 

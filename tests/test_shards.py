@@ -1,0 +1,446 @@
+"""Archives train as the folder does that they were made of; what is wrong with them is told."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_same_run, at_step, log_of, run_main, the_error
+from PIL import Image
+
+import main_linprobe
+import main_pretrain
+import util.data.shards
+import util.shards
+from util.args import pretrain_parser
+from util.data.file_list import write_lists
+from util.data.images import BadImage
+from util.data.index import Index
+from util.data.order import SeededDataset
+from util.data.shards import Shards, braces
+from util.data.survey import settle_pixels
+from util.datasets import open_dataset, open_labelled
+from util.errors import UserError
+from util_contrastive import two_crops
+
+
+def write_shards(source: Path, out: Path, *flags: object) -> Path:
+    words = ["--data_path", source, "--out", out, "--shard_images", 10, "--num_workers", 2, *flags]
+    assert run_main(util.shards, *words) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards(photos, tmp_path_factory) -> Path:
+    """The photos, byte by byte and in their order: five shards, and two for validation."""
+    return write_shards(photos, tmp_path_factory.mktemp("shards") / "out", "--keep_order")
+
+
+def tar_of(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def picture(shade: int, kind: str = "PNG", side: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), (shade, 0, 0)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def shades(dataset) -> list[int]:
+    return [dataset[i][0].convert("RGB").getpixel((0, 0))[0] for i in range(len(dataset))]
+
+
+def test_views_and_labels_are_those_of_the_folder(photos, shards):
+    args = pretrain_parser().parse_args(["--data_path", "x", "--input_size", "16", "--model",
+                                         "mae_vit_nano_patch4"])  # fmt: skip
+    settle_pixels(args, train=(folder := open_dataset(str(photos), train=True)))
+    ours = open_dataset(str(shards), train=True)
+    assert ours.classes == folder.classes
+    assert ours.targets.tolist() == folder.targets.tolist()
+    transform = two_crops(args)
+    for index in range(48):
+        pairs = [SeededDataset(data, transform, 3)[1, index] for data in (ours, folder)]
+        for one, two in zip(pairs[0][0], pairs[1][0], strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_with_the_full_shuffle_a_run_ends_in_the_folder_s_bits(flags, shards, tmp_path):
+    extra = ["--epochs", 2, "--eval_freq", 2]
+    assert run_main(main_pretrain, *flags, *extra) == 0
+    extra += ["--data_path", shards, "--shuffle_window", 0, "--output_dir", tmp_path / "two"]
+    assert run_main(main_pretrain, *flags, *extra) == 0
+    assert_same_run(tmp_path / "out", tmp_path / "two")
+    assert "5 .tar files of" in log_of(tmp_path / "two")[0]["data"]["train"]
+
+
+@pytest.mark.parametrize("window", [None, 1, 20])
+def test_a_stop_within_an_epoch_loses_nothing(window, flags, shards, tmp_path, monkeypatch):
+    flags = [*flags, "--data_path", shards, "--epochs", 2]
+    flags += ["--shuffle_window", window] if window else []
+    assert run_main(main_pretrain, *flags, "--output_dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, 1, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run_main(main_pretrain, *flags) == 128 + signal.SIGTERM
+    assert run_main(main_pretrain, *flags, "--resume", "auto") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_changed_window_is_told(flags, shards, tmp_path, monkeypatch, capsys):
+    flags = [*flags, "--data_path", shards, "--epochs", 1]
+    at_step(monkeypatch, 0, 1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run_main(main_pretrain, *flags) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert run_main(main_pretrain, *flags, "--shuffle_window", 5, "--resume", "auto") == 0
+    assert "--shuffle_window was None, is 5: in another order" in capsys.readouterr().out
+
+
+def test_shards_are_probed(shards, tmp_path):
+    flags = ["--data_path", shards, "--model", "vit_nano_patch4", "--input_size", 8, "--epochs", 1]
+    flags += ["--batch_size", 16, "--num_workers", 0, "--output_dir", tmp_path, "--device", "cpu"]
+    assert run_main(main_linprobe, *flags) == 0
+    assert log_of(tmp_path)[0]["test_acc1"] >= 0
+
+
+def test_what_webdataset_writes_is_read(tmp_path):
+    webdataset = pytest.importorskip("webdataset", reason="it is not installed")
+    with webdataset.ShardWriter(str(tmp_path / "x-%03d.tar"), maxcount=3, verbose=0) as sink:
+        for i in range(7):
+            image = np.full((8, 8, 3), 30 * i, np.uint8)
+            sample = {"__key__": f"a/{i:04d}", "png": image, "cls": 10 - i, "txt": "words"}
+            sink.write(sample | {"seg.png": image})
+    for path in (tmp_path / "x-{000..002}.tar", tmp_path / "x-*.tar", tmp_path):
+        dataset = open_dataset(str(path), train=True)
+        assert shades(dataset) == [30 * i for i in range(7)]
+        assert dataset.groups.tolist() == [3, 3, 1]
+    assert dataset.classes == ["4", "5", "6", "7", "8", "9", "10"]
+    assert [dataset.classes[label] for label in dataset.targets] == [str(10 - i) for i in range(7)]
+    assert dataset.left_out == {".png": 7}
+
+
+def test_labels_may_be_in_json(tmp_path):
+    files = {}
+    for i, label in enumerate((b'{"label": "cat"}', b'{"label": "dog", "width": 8}')):
+        files |= {f"{i}.jpg": picture(i, "JPEG"), f"{i}.json": label}
+    dataset = open_dataset(str(tar_of(tmp_path / "a.tar", files)), train=True)
+    assert [dataset.classes[label] for label in dataset.targets] == ["cat", "dog"]
+
+
+def test_captions_are_no_labels(tmp_path):
+    """img2dataset's files."""
+    files = {}
+    for i in range(3):
+        more = {f"{i}.txt": b"a cat", f"{i}.json": b'{"url": "x", "caption": "a cat"}'}
+        files |= {f"{i}.jpg": picture(i, "JPEG")} | more
+    dataset = open_dataset(str(tar_of(tmp_path / "a.tar", files)), train=True)
+    assert (len(dataset), dataset.classes) == (3, [""])
+
+
+def test_a_label_that_is_missing_is_told(tmp_path):
+    files = {"0.png": picture(0), "0.cls": b"0", "1.png": picture(1), "2.png": picture(2)}
+    path = tar_of(tmp_path / "a.tar", files | {"2.cls": b"1"})
+    assert open_dataset(str(path), train=True).targets.tolist() == [0, -1, 1]
+    with pytest.raises(UserError, match=r"a.tar: 1 of 3 images have no label"):
+        open_labelled(str(path), val_fraction=0.5)
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+def test_archives_of_folders_are_read_as_folders(suffix, photos, tmp_path):
+    folder = {split: open_dataset(str(photos), split) for split in (True, False)}
+    files = {}
+    for data in folder.values():
+        for name in map(data.name, range(len(data))):
+            inside = os.path.join("photos.of.2026", os.path.relpath(name, photos))
+            files[inside.replace(".jpg", ".x.jpg")] = Path(name).read_bytes()
+    files |= {"__MACOSX/._1.jpg": b"", "photos.of.2026/train/notes.md": b"x"}
+    path = tmp_path / f"photos{suffix}"
+    if suffix == ".tar":
+        tar_of(path, files)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            for number, (name, content) in enumerate(files.items()):
+                archive.writestr(name, content, 8 * (number % 2))  # each other one is deflated
+    for split, data in folder.items():
+        ours = open_dataset(str(path), split)
+        assert ours.classes == data.classes
+        assert ours.targets.tolist() == data.targets.tolist()
+        for index in range(len(data)):
+            assert ours.content(index)[0].read() == Path(data.name(index)).read_bytes()
+        assert ours.left_out[".md"] == 1
+        assert str(path) in ours.name(0)
+        assert "china" in ours.name(0)
+
+
+def test_splits_are_found_by_file_names(tmp_path, caplog):
+    for name in ("imagenet-train-00", "imagenet-train-01", "imagenet-validation-00"):
+        tar_of(tmp_path / f"{name}.tar", {"0.png": picture(0), "0.cls": name[-1:].encode()})
+    assert len(open_dataset(str(tmp_path), train=True)) == 2
+    assert len(open_dataset(str(tmp_path), train=False)) == 1
+    pattern = f"{tmp_path}/imagenet-{{train-{{00..01}},validation-00}}.tar"
+    assert len(open_dataset(pattern, train=False)) == 1
+    with pytest.raises(UserError, match="none of val/"):
+        open_dataset(f"{tmp_path}/imagenet-train-{{00..01}}.tar", train=False)
+
+
+def test_a_list_of_paths(tmp_path):
+    for name in "ba":
+        tar_of(tmp_path / f"{name}.tar", {"0.png": picture(ord(name))})
+    (tmp_path / "list.txt").write_text("b.tar\n\na.tar\n")
+    assert shades(open_dataset(str(tmp_path / "list.txt"), train=True)) == [ord("b"), ord("a")]
+
+
+def test_braces_are_the_shell_s():
+    for pattern in ("a{08..11}b", "{a,b{1..2}}-{x,y}", "plain", "{0..2}{a,b}"):
+        shell = subprocess.run(
+            ["bash", "-c", f"echo {pattern}"], capture_output=True, text=True, check=True
+        )
+        assert sorted(dict.fromkeys(braces(pattern))) == sorted(shell.stdout.split())
+
+
+def damaged(kind: str, folder: Path) -> Path:
+    """A shard of 20 images of which ten can be read, or none."""
+    path = folder / "a.tar"
+    files = {}
+    for i in range(20):
+        files |= {f"{i:02d}.png": picture(10 * i), f"{i:02d}.cls": b"%d" % (i % 2)}
+    tar_of(path, files)
+    with tarfile.open(path) as tar:
+        tenth = tar.getmember("10.png")
+    content = bytearray(path.read_bytes())
+    if kind == "cut within an image":
+        content = content[: tenth.offset_data + 10]
+    elif kind == "cut before a label":
+        content = content[: tenth.offset_data + 512]
+    elif kind == "cut between images":
+        content = content[: tenth.offset]
+    elif kind == "overwritten":
+        content[tenth.offset : tenth.offset + 512] = b"x" * 512
+    elif kind == "two in one":
+        content = content[: tenth.offset] + bytes(1024) + content
+    elif kind == "empty":
+        content = b""
+    elif kind == "no tar":
+        content = b"x" * 5000
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("cut within an image", "cut off"),
+        ("cut before a label", "cut off"),
+        ("cut between images", "cut off: no end mark"),
+        ("overwritten", "damaged at byte"),
+        ("two in one", "what follows its end mark, "),
+        ("empty", "empty file"),
+        ("no tar", "invalid header"),
+    ],
+)
+def test_damage_costs_what_it_hits_and_is_told(kind, words, tmp_path, caplog):
+    damaged(kind, tmp_path)
+    tar_of(tmp_path / "b.tar", {"0.png": picture(255), "0.cls": b"1"})
+    dataset = open_dataset(str(tmp_path), train=True)
+    left = [] if kind in ("empty", "no tar") else [10 * i for i in range(10)]
+    assert shades(dataset) == [*left, 255]
+    assert dataset.why_no_classes() == ""
+    assert f"warning: {tmp_path}/a.tar: {words}" in caplog.text
+    assert f"; the {len(left)} images before that are used" in caplog.text
+    assert dataset.left_out["ends of damaged archives"] == 1
+
+
+def test_damaged_images_are_counted_as_files_are(flags, tmp_path, capsys):
+    files = {f"{i:02d}.png": picture(i) for i in range(32)}
+    tar_of(tmp_path / "a.tar", files | {"05.png": b"no image"})
+    flags = [*flags, "--data_path", tmp_path / "a.tar", "--epochs", 1]
+    assert run_main(main_pretrain, *flags) == 0
+    assert "a.tar: 05.png' is not readable (unknown format)" in capsys.readouterr().out
+    assert (tmp_path / "out/bad-images.txt").read_text() == f"{tmp_path}/a.tar: 05.png\n"
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Indices of small archives are kept, too."""
+    monkeypatch.setattr(util.data.shards, "WORTH_KEEPING", 1)
+
+
+def reads(monkeypatch, path: Path, cache: str = "") -> tuple[list[str], Shards]:
+    """The archives that an opening lists, and the data set."""
+    seen = []
+    monkeypatch.setattr(util.data.shards, "ProcessPoolExecutor", None)  # all in this process
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    original = util.data.members.read_members
+    monkeypatch.setattr(
+        util.data.shards, "read_members", lambda name: seen.append(name) or original(name)
+    )
+    return seen, open_dataset(str(path), True, cache)
+
+
+def test_an_index_is_kept_and_believed_while_it_is_true(kept, tmp_path, monkeypatch):
+    tar_of(tmp_path / "a.tar", {"0.png": picture(1)})
+    tar_of(tmp_path / "b.tar", {"0.png": picture(2)})
+    assert len(reads(monkeypatch, tmp_path)[0]) == 2
+    seen, dataset = reads(monkeypatch, tmp_path)
+    assert (seen, shades(dataset)) == ([], [1, 2])
+    tar_of(tmp_path / "b.tar", {"0.png": picture(3), "1.png": picture(4)})
+    seen, dataset = reads(monkeypatch, tmp_path)
+    assert (len(seen), shades(dataset)) == (2, [1, 3, 4])
+    (index,) = tmp_path.glob("can-index-*")
+    index.write_bytes(index.read_bytes()[:100])
+    assert len(reads(monkeypatch, tmp_path)[0]) == 2
+
+
+def test_an_archive_that_changes_meanwhile_is_not_misread(tmp_path):
+    path = tar_of(tmp_path / "a.tar", {"0.png": picture(1), "1.png": picture(2)})
+    dataset = open_dataset(str(path), train=True)
+    util.data.shards._opened.cache_clear()
+    with open(path, "ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(BadImage, match="has changed since it was indexed"):
+        dataset[0]
+    assert dataset.name(1) == f"{path}: image 1"
+
+
+def test_where_shards_cannot_be_written_to_the_output_keeps_the_index(
+    kept, tmp_path, monkeypatch, caplog
+):
+    folder, out = tmp_path / "data", tmp_path / "out"
+    folder.mkdir()
+    out.mkdir()
+    tar_of(folder / "a.tar", {"0.png": picture(1)})
+    write = Index.write
+    monkeypatch.setattr(Index, "write", lambda self, p: p.parent != folder and write(self, p))
+    with caplog.at_level("INFO"):
+        reads(monkeypatch, folder, str(out))
+    assert f"{folder} cannot be written to: the archives' index is kept in {out}" in caplog.text
+    write_lists()
+    assert len(list(out.glob("can-index-*"))) == 1
+    assert reads(monkeypatch, folder, str(out))[0] == []
+
+
+def test_two_processes_may_index_at_once(tmp_path):
+    for n in range(8):
+        tar_of(tmp_path / f"{n}.tar", {f"{i}.png": picture(i) for i in range(50)})
+    code = "import sys, util.data.shards as s; s.WORTH_KEEPING = 1\n"
+    code += "from util.datasets import open_dataset\n"
+    code += "data = open_dataset(sys.argv[1], True); print(len(data), data.index.path)"
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    both = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    (index,) = {process.communicate()[0] for process in both}
+    (path,) = tmp_path.glob("can-index-*")
+    assert index.split() == ["400", str(path)]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("x-{00..02}.tar", r"2 of 3: .*x-01.tar, .*x-02.tar: no such file"),
+        ("x-00.tar.gz", "compressed: unpack it to a .tar first"),
+        ("none-*.tar", "no such file"),
+        ("empty.txt", "names no file"),
+        ("", r"holds .tar and .zip: name those to use, such as '.*/\*.tar'"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_line(path, words, tmp_path):
+    tar_of(tmp_path / "x-00.tar", {"0.png": picture(0)})
+    (tmp_path / "a.zip").touch()
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=words):
+        open_dataset(str(tmp_path / path), train=True)
+
+
+def test_without_shards_for_validation_the_error_says_what_to_do(shards):
+    with pytest.raises(UserError, match=r"name them val-\.\.\., or give --val_fraction 0.1"):
+        open_dataset(str(shards / "train"), train=False)
+    train, val, classes = open_labelled(str(shards / "train"), val_fraction=0.25)
+    assert (len(train), len(val), classes) == (36, 12, 2)
+    assert train.groups.sum() == 36
+
+
+# python -m util.shards
+
+
+def test_shards_are_shuffled_once_and_lose_nothing(photos, tmp_path):
+    dataset = open_dataset(str(write_shards(photos, tmp_path / "out")), train=True)
+    folder = open_dataset(str(photos), train=True)
+    contents = {Path(folder.name(i)).read_bytes(): folder.targets[i] for i in range(48)}
+    ours = {dataset.content(i)[0].getvalue(): dataset.targets[i] for i in range(48)}
+    assert ours == contents
+    assert list(ours) != list(contents)
+    assert dataset.classes == folder.classes
+
+
+def test_large_images_are_made_smaller_and_upright(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    ramp = np.linspace(0, 255, 100 * 60, dtype=np.uint8).reshape(60, 100)
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    Image.fromarray(ramp).save(tmp_path / "in/a.jpg", exif=exif, quality=95)
+    Image.fromarray(ramp).resize((20, 12)).save(tmp_path / "in/b.bmp")
+    Image.fromarray(np.dstack(4 * [ramp])).save(tmp_path / "in/c.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "in/d.png")
+    (tmp_path / "in/e.jpg").write_bytes(b"no image")
+    out = write_shards(tmp_path / "in", tmp_path / "out", "--max_side", 32, "--keep_order")
+    shown = capsys.readouterr().out
+    assert "/in/e.jpg' is not readable (unknown format): left out" in shown
+    assert "1 made smaller" in shown
+    assert "2 as they were, though large" in shown
+    dataset = open_dataset(str(out), train=True)
+    assert [dataset[i][0].size for i in range(4)] == [(19, 32), (20, 12), (100, 60), (100, 60)]
+    small = np.asarray(dataset[0][0], float)
+    assert small.ndim == 2
+    expected = Image.fromarray(np.rot90(ramp, -1)).resize((19, 32), Image.Resampling.BICUBIC)
+    assert np.abs(small - np.asarray(expected, float)).max() < 8
+    assert dataset.content(1)[0].read() == (tmp_path / "in/b.bmp").read_bytes()
+
+
+@pytest.mark.faults
+def test_writing_shards_goes_on_where_it_was_killed(photos, tmp_path):
+    whole = write_shards(photos, tmp_path / "whole", "--shard_images", 1)
+    words = [sys.executable, "-m", "util.shards", "--data_path", photos, "--out", tmp_path / "out"]
+    words = [*map(str, words), "--shard_images", "1", "--num_workers", "1"]
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not list(tmp_path.glob("out/train/0*")):
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait() != 0
+        assert "Traceback" not in process.stderr.read()
+        assert not list(tmp_path.glob("out/*/*.tmp")) or number == signal.SIGKILL
+        for path in list(tmp_path.glob("out/train/*.tar"))[1:]:  # for the next to be stopped, too
+            path.unlink()
+    assert subprocess.run(words, cwd=ROOT).returncode == 0
+    files = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*.tar")}
+    ours = tmp_path / "out"
+    assert files == {path.relative_to(ours): path.read_bytes() for path in ours.rglob("*.tar")}
+
+
+def test_shards_of_other_images_are_not_mixed(photos, shards, tmp_path, capsys):
+    words = ["--data_path", photos, "--out", shards, "--shard_images", 10, "--keep_order"]
+    assert run_main(util.shards, *words, "--quality", 80) == 1
+    error = the_error(capsys.readouterr().err)
+    assert "holds other shards: quality was 90, is 80; give another --out" in error
+    (tmp_path / "notes").touch()
+    assert run_main(util.shards, "--data_path", photos, "--out", tmp_path) == 1
+    assert "is not empty, and holds no shards.json" in the_error(capsys.readouterr().err)
+
+
+def test_named_datasets_are_written_without_loss(tmp_path):
+    ours = open_dataset(str(write_shards("digits", tmp_path / "out", "--keep_order")), train=False)
+    theirs = open_dataset("digits", train=False)
+    for index in (0, 100, 359):
+        assert ours[index][0].tobytes() == theirs[index][0].tobytes()
+        assert ours[index][1] == theirs[index][1]

@@ -1,0 +1,273 @@
+"""Images in archives: WebDataset's tar shards and zips, read at any place by a kept index."""
+
+import functools
+import glob
+import hashlib
+import logging
+import multiprocessing
+import os
+import signal
+import time
+import zlib
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from util.data.file_list import WORTH_KEEPING, keep, strings_of, top_of
+from util.data.images import BadImage
+from util.data.index import Index, Strings
+from util.data.members import DEFLATED, KINDS, Members, read_member, read_members
+from util.data.source import SPLITS, SURE_SPLITS, Source, extension_of, few, in_order
+from util.errors import UserError
+from util.parents import end_with_parent
+
+logger = logging.getLogger(__name__)
+
+RULES = 1  # an index by other rules is not believed
+SHOWN = 5  # damaged archives that are named
+SLOW = 64  # archives whose indexing is worth a line
+OPEN_FILES = 64  # archives that a process keeps open
+CLASSES = "classes.txt"  # beside the shards: a class's name per line, in the order of its number
+WITHOUT = "name them val-..., or give --val_fraction 0.1"
+COLUMNS = ("offsets", "sizes", "kinds", "labels")
+
+
+class Shards(Source):
+    """The images of archives, in their order.
+
+    Classes are the samples' `.cls`, or `label` in `.json`; in archives without those, folders.
+
+    Args:
+        paths: of the archives.
+        train: which of the folders in them to take, where they are splits; None takes all, of
+            archives that are of one split.
+        where: the data set in words.
+        cache_dir: where the index goes if it cannot be written beside the archives; '' nowhere.
+    """
+
+    def __init__(self, paths: list[str], train: bool | None, where: str, cache_dir: str = ""):
+        self.paths, self.where = Strings.pack(paths), where
+        self.index = index = _open_index(paths, cache_dir)
+        self.groups = index["counts"]
+        names = strings_of(index, "names")
+        self.left_out = Counter(index.notes["left_out"])
+        damage: dict[str, str] = index.notes["damage"]  # by the archive's number
+        for number in list(damage)[:SHOWN]:
+            used = f"the {index['counts'][int(number)]:,} images before that are used"
+            logger.warning(f"warning: {paths[int(number)]}: {damage[number]}; {used}")
+        if damage:
+            self.left_out["ends of damaged archives"] = len(damage)
+        self.chosen = None
+        if index.notes["by_folder"]:
+            self._take_folders(list(names), train)
+        elif train is False:
+            raise UserError(f"{where}: no archives for validation; {WITHOUT}")
+        else:
+            self._take_labels(list(names), Path(paths[0]).with_name(CLASSES))
+        self.ends = np.cumsum(self.groups)
+
+    def _take_labels(self, names: list[str], listed: Path) -> None:
+        names = in_order(names)
+        order = {name: number for number, name in enumerate(names)}
+        old = strings_of(self.index, "names")
+        self.targets = self.index["labels"]
+        if [order[name] for name in old] != list(range(len(old))):
+            new = np.array([*(order[name] for name in old), -1], np.int32)
+            self.targets = new[self.targets]
+        self.classes = names
+        with_names = listed.read_text().splitlines() if listed.exists() else []
+        if with_names and all(n.isdecimal() and int(n) < len(with_names) for n in names):
+            self.classes = [with_names[int(name)] for name in names]
+
+    def _take_folders(self, folders: list[str], train: bool | None) -> None:
+        """Classes as of a folder of images, below what all have in common, and below a split."""
+        tops = {top_of(folder) for folder in folders}
+        while len(tops) == 1 and tops != {""} and not tops & {*SPLITS[True], *SPLITS[False]}:
+            folders = [folder.partition("/")[2] for folder in folders]
+            tops = {top_of(folder) for folder in folders}
+        splits = () if train is None else SPLITS[train]
+        wanted = next((t for s in splits for t in sorted(tops) if t.lower() == s), None)
+        if wanted is None and train is False:
+            raise UserError(f"{self.where}: no folder for validation in it; {WITHOUT}")
+        taken = np.array([wanted in (None, top_of(f)) for f in folders] + [False])
+        if wanted is not None:
+            folders = [f.partition("/")[2] for f in folders]
+        tops = [top_of(folder) for folder in folders]
+        full = {top for top, take in zip(tops, taken, strict=False) if take}
+        self.classes = [""] if "" in full or not full else sorted(full)
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        labels = np.array([numbers.get(top, 0) for top in tops] + [0], np.int32)
+        self.targets = self.index["labels"]
+        if labels[:-1].tolist() != list(range(len(folders))):
+            self.targets = labels[self.targets]
+        if not taken[:-1].all():
+            mask = taken[self.index["labels"]]
+            self.chosen, self.targets = np.flatnonzero(mask), self.targets[mask]
+            shard = np.repeat(np.arange(len(self.groups)), self.groups)
+            self.groups = np.bincount(shard[mask], minlength=len(self.groups))
+
+    def content(self, index: int) -> tuple[BytesIO, str]:
+        _, data, extension = self._read(index)
+        return BytesIO(data), extension
+
+    def name(self, index: int) -> str:
+        path = self.paths[self._shard(index)]
+        try:
+            return f"{path}: {self._read(index)[0]}"
+        except (OSError, BadImage):
+            return f"{path}: image {index}"
+
+    def _shard(self, index: int) -> int:
+        return int(np.searchsorted(self.ends, index, side="right"))
+
+    def _read(self, index: int) -> tuple[str, bytes, str]:
+        """An image's name, its bytes and its extension."""
+        shard = self._shard(index)
+        path = self.paths[shard]
+        row = index if self.chosen is None else self.chosen[index]
+        file = _opened(path, int(self.index["shard_sizes"][shard]))
+        offset, size, kind = (int(self.index[column][row]) for column in COLUMNS[:3])
+        name, data = read_member(file.fileno(), path, offset, size, extension_of(path) == ".zip")
+        if len(data) < size:
+            raise BadImage("the archive is cut off")
+        if kind >= DEFLATED:
+            data = zlib.decompress(data, -zlib.MAX_WBITS)
+        return name, data, KINDS[kind % DEFLATED]
+
+    def why_no_classes(self) -> str:
+        if missing := int((self.targets == -1).sum()):
+            return f"{missing:,} of {len(self):,} images have no label"
+        if named := {name.lower() for name in self.classes} & SURE_SPLITS:
+            return f"folders that are splits, not classes: {few(sorted(named))}"
+        return ""
+
+
+@functools.lru_cache(OPEN_FILES)
+def _opened(path: str, size: int) -> BinaryIO:
+    """An archive, which the last use closes; raises BadImage if it is not what was indexed."""
+    file = open(path, "rb")  # noqa: SIM115
+    if os.fstat(file.fileno()).st_size != size:
+        raise BadImage("its archive has changed since it was indexed")
+    return file
+
+
+def find_archives(data_path: str) -> list[str] | None:
+    """The archives that a pattern, a list in a text file, or a path names; None if it is none.
+
+    Raises:
+        UserError: it names none that is there, or one that can only be read from its beginning.
+    """
+    if data_path.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
+        raise UserError(f"--data_path {data_path}: compressed: unpack it to a .tar first")
+    if data_path.endswith(".txt") and os.path.isfile(data_path):
+        lines = Path(data_path).read_text().splitlines()
+        folder = os.path.dirname(data_path)
+        paths = [os.path.join(folder, line.strip()) for line in lines if line.strip()]
+    elif os.path.isfile(data_path):
+        return [data_path] if extension_of(data_path) in (".tar", ".zip", ".parquet") else None
+    elif any(letter in data_path for letter in "{*?") and not os.path.isdir(data_path):
+        words = dict.fromkeys(braces(data_path))
+        paths = [found for word in words for found in sorted(glob.glob(word)) or [word]]
+    else:
+        return None
+    if missing := [path for path in paths if not os.path.isfile(path)]:
+        words = f"{few(missing)}: no such file"
+        raise UserError(f"--data_path {data_path}: {len(missing)} of {len(paths)}: {words}")
+    if not paths:
+        raise UserError(f"--data_path {data_path}: names no file")
+    return paths
+
+
+def braces(pattern: str) -> list[str]:
+    """The words of a shell's braces: `{00..12}` counts, `{a,b}` lists; they may be nested."""
+    open_at = pattern.rfind("{")
+    close_at = pattern.find("}", open_at)
+    if open_at < 0 or close_at < 0:
+        return [pattern]
+    inside = pattern[open_at + 1 : close_at]
+    first, dots, last = inside.partition("..")
+    if dots and first.isdecimal() and last.isdecimal():
+        words = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+    else:
+        words = inside.split(",")
+    return [
+        word for w in words for word in braces(f"{pattern[:open_at]}{w}{pattern[close_at + 1 :]}")
+    ]
+
+
+def _open_index(paths: list[str], cache_dir: str) -> Index:
+    """The kept index, if it is of these archives as they are; else another, which is kept."""
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    names = Strings.pack(os.path.relpath(path, folder) for path in paths)
+    of_these = hashlib.sha256(names.data.tobytes()).hexdigest()[:8]
+    places = [Path(p, f"can-index-{of_these}.safetensors") for p in (folder, cache_dir) if p]
+    try:
+        stats = [os.stat(path) for path in paths]
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
+    found = {
+        "shard_sizes": np.array([stat.st_size for stat in stats], np.int64),
+        "shard_times": np.array([stat.st_mtime_ns for stat in stats], np.int64),
+    }
+    found |= {"paths": names.data, "paths_ends": names.ends}
+    for place in places:
+        kept = Index.read(place)
+        if (
+            kept
+            and kept.notes.get("rules") == RULES
+            and all(
+                name in kept and np.array_equal(kept[name], array) for name, array in found.items()
+            )
+        ):
+            return kept
+    index = _make_index(paths, found)
+    if len(index["offsets"]) < WORTH_KEEPING:
+        return index
+    if index.write(places[0]):
+        return Index.read(places[0])
+    if cache_dir:
+        logger.info(f"{folder} cannot be written to: the archives' index is kept in {cache_dir}")
+        keep(places[1], index)
+    return index
+
+
+def _make_index(paths: list[str], found: dict[str, np.ndarray]) -> Index:
+    begin = time.monotonic()
+    if len(paths) >= SLOW:
+        logger.info(f"indexing {len(paths):,} archives, once")
+    processes = min(len(os.sched_getaffinity(0)), len(paths))
+    if processes > 1:
+        fork = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(processes, fork, end_with_parent, (signal.SIGKILL,)) as pool:
+            archives = list(pool.map(read_members, paths, chunksize=max(1, len(paths) // 1000)))
+    else:
+        archives = list(map(read_members, paths))
+    index = _merge(archives, found)
+    if len(paths) >= SLOW:
+        images, seconds = len(index["offsets"]), time.monotonic() - begin
+        logger.info(f"{images:,} images indexed in {seconds:.0f} s")
+    return index
+
+
+def _merge(archives: list[Members], found: dict[str, np.ndarray]) -> Index:
+    """One index of all archives; folders count as labels only where no archive has labels."""
+    by_folder = all(archive.by_folder for archive in archives)
+    names: dict[str, int] = {}
+    for archive in archives:
+        if archive.by_folder and not by_folder:
+            archive.labels = np.full_like(archive.labels, -1)
+            continue
+        numbers = [names.setdefault(name, len(names)) for name in archive.names]
+        archive.labels = np.array([*numbers, -1], np.int32)[archive.labels]
+    arrays = {c: np.concatenate([getattr(archive, c) for archive in archives]) for c in COLUMNS}
+    packed = Strings.pack(names)
+    arrays |= {"names": packed.data, "names_ends": packed.ends}
+    arrays["counts"] = np.array([len(archive.offsets) for archive in archives], np.int64)
+    damage = {str(n): archive.damage for n, archive in enumerate(archives) if archive.damage}
+    left_out = sum((archive.left_out for archive in archives), Counter())
+    notes = {"rules": RULES, "by_folder": by_folder, "left_out": left_out, "damage": damage}
+    return Index(arrays | found, notes)

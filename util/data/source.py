@@ -1,0 +1,99 @@
+"""What every data set of the user's own has, wherever its images lie."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from io import BytesIO
+
+import numpy as np
+from torch.utils.data import Dataset, Subset
+
+from util.data.images import NotPillows, open_image
+
+# Of files that `open_image` reads.
+EXTENSIONS = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif",
+    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c",
+    ".avif", ".avifs", ".npy",
+))  # fmt: skip
+# Names of training's and of validation's images, in any case; the first one found is taken.
+SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation", "test")}
+SURE_SPLITS = {"val", "validation", "test", "training"}
+
+
+class Source(Dataset):
+    """(image, label) pairs, by number; images are decoded when their pixels are needed.
+
+    Attributes:
+        where: what was opened, in words.
+        classes: their names; [""] without classes.
+        targets: every image's class, int32; -1 where the source does not tell it.
+        groups: how many images, one after another, lie in one file; None where each has its own.
+        left_out: how many files are no images, by extension.
+        empty: classes without images.
+    """
+
+    where: str
+    classes: list[str]
+    targets: np.ndarray
+    groups: np.ndarray | None = None
+    left_out: Counter[str]
+    empty: list[str] = []  # noqa: RUF012 (never changed)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[NotPillows, int]:
+        return open_image(*self.content(index)), int(self.targets[index])
+
+    def content(self, index: int) -> tuple[str | BytesIO, str]:
+        """An image's path or bytes, and its file name.
+
+        Raises:
+            BadImage, OSError: it cannot be read.
+        """
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What to call an image."""
+        raise NotImplementedError
+
+    def why_no_classes(self) -> str:
+        """Why the labels cannot be believed; '' if they can."""
+        return ""
+
+
+class Part(Subset):
+    """The chosen images of a data set."""
+
+    def __init__(self, dataset: Dataset, chosen: np.ndarray):
+        super().__init__(dataset, np.flatnonzero(chosen))
+        self.groups = None
+        if isinstance(dataset, Source):
+            self.targets = dataset.targets[self.indices]
+            if dataset.groups is not None:
+                group = np.searchsorted(np.cumsum(dataset.groups), self.indices, side="right")
+                self.groups = np.bincount(group, minlength=len(dataset.groups))
+
+    def name(self, index: int) -> str:
+        return name_of(self.dataset, self.indices[index])
+
+
+def name_of(dataset: Dataset, index: int) -> str:
+    """An image's file if the dataset names it, else its number."""
+    return dataset.name(index) if hasattr(dataset, "name") else f"image {index}"
+
+
+def in_order(classes: Iterable[str]) -> list[str]:
+    """Sorted: numbers by their values, texts by their letters."""
+    key = int if all(name.isdecimal() for name in classes) else None
+    return sorted(classes, key=key)
+
+
+def few(names: list[str]) -> str:
+    """The first ones."""
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+
+
+def extension_of(name: str) -> str:
+    return os.path.splitext(name)[1].lower()

@@ -1,0 +1,231 @@
+"""Writes any data set as WebDataset's tar shards, with large images made smaller if asked to.
+
+    python -m util.shards --data_path IMAGES --out SHARDS --max_side 512 --quality 90
+
+Called again, it goes on where it was stopped. `--data_path SHARDS` then trains on them.
+"""
+
+import argparse
+import datetime
+import io
+import json
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import tarfile
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from util.data.images import BadImage, NotPillows, is_deep, open_image, to_8_bits
+from util.data.pixels import ALPHA
+from util.data.shards import CLASSES
+from util.data.source import Source, extension_of, name_of
+from util.datasets import open_dataset
+from util.errors import UserError
+from util.parents import end_with_parent
+from util.parser import COUNT, POSITIVE, Parser, number
+from util.run.launch import launch
+from util.run.logs import log_to_console
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "shards.json"
+REPORT = 5.0  # seconds between lines of progress
+STEM = 60  # letters of a file's name that its name in the shard keeps
+SAMPLING = 0  # of colours in JPEGs: none, which a quality of 90 deserves
+
+
+# fmt: off
+def get_args_parser() -> Parser:
+    parser = Parser(prog="util.shards", description="Write images as WebDataset's tar shards")
+    add = parser.add_argument
+    add("--data_path", required=True, help="the images, as in pretraining")
+    add("--labels", default="", metavar="FILE.csv", help="as in pretraining")
+    add("--out", required=True, metavar="FOLDER", help="where train/ and val/ with shards go")
+    add("--max_side", type=POSITIVE, help="images with a longer side are made smaller, and JPEGs; "
+        "default: all files are kept, byte by byte")
+    add("--quality", type=number(int, 1, 100, "[]"), default=90, help="of these JPEGs")
+    add("--shard_images", type=POSITIVE, default=1000, help="images in a shard")
+    add("--keep_order", action="store_true", help="do not shuffle the images")
+    add("--seed", type=COUNT, default=0, help="of the shuffling")
+    add("--num_workers", type=POSITIVE, default=len(os.sched_getaffinity(0)), help="processes")
+    return parser
+# fmt: on
+
+
+def main(args: argparse.Namespace) -> None:
+    log_to_console()
+    splits = {"train": open_dataset(args.data_path, True, labels=args.labels)}
+    try:
+        splits["val"] = open_dataset(args.data_path, False, labels=args.labels)
+    except UserError as error:
+        logger.info(f"no val/ is written: {error}")
+    out = Path(args.out)
+    try:
+        _claim(out, args, {name: len(data) for name, data in splits.items()})
+        for name, data in splits.items():
+            write_split(data, out / name, args)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or out}: {error.strerror}") from None
+    print(f"{out}: done; --data_path {out} reads it")
+
+
+def _claim(out: Path, args: argparse.Namespace, images: dict[str, int]) -> None:
+    """Raises UserError if the folder holds shards of other images or flags."""
+    flags = {k: v for k, v in vars(args).items() if k not in ("out", "num_workers")}
+    flags = json.loads(json.dumps(flags | {"images": images}))
+    manifest = out / MANIFEST
+    if manifest.exists():
+        before = json.loads(manifest.read_text())
+        if odd := sorted(k for k in flags if before.get(k) != flags[k]):
+            was = ", ".join(f"{name} was {before.get(name)}, is {flags[name]}" for name in odd)
+            raise UserError(f"{out} holds other shards: {was}; give another --out")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty, and holds no {MANIFEST}")
+    out.mkdir(parents=True, exist_ok=True)
+    manifest.write_text(json.dumps(flags, indent=1))
+
+
+def write_split(data: Dataset, folder: Path, args: argparse.Namespace) -> None:
+    """Writes the shards that are not there yet, in parallel, each whole or not at all.
+
+    Raises:
+        UserError, OSError: they cannot be written.
+    """
+    folder.mkdir(exist_ok=True)
+    order = np.arange(len(data))
+    if not args.keep_order:
+        order = np.random.default_rng(args.seed).permutation(order)
+    classes = getattr(data, "classes", [""])
+    if classes != [""]:
+        (folder / CLASSES).write_text("".join(f"{name}\n" for name in classes))
+    starts = range(0, len(data), args.shard_images)
+    digits = max(5, len(str(len(starts))))
+    paths = {start: folder / f"{n:0{digits}d}.tar" for n, start in enumerate(starts)}
+    left = [start for start, path in paths.items() if not path.exists()]
+    if len(left) < len(paths):
+        logger.info(f"{folder}: {len(paths) - len(left):,} of {len(paths):,} shards are there")
+        if not left:
+            return
+    total, begin, shown = Counter(), time.monotonic(), time.monotonic()
+    fork, parent_ends = multiprocessing.get_context("fork"), (signal.SIGKILL,)
+    with ProcessPoolExecutor(args.num_workers, fork, _begin, (data, args, *parent_ends)) as pool:
+        jobs = [
+            pool.submit(_write_shard, paths[start], start, order[start : start + args.shard_images])
+            for start in left
+        ]
+        try:
+            for done, job in enumerate(as_completed(jobs), start=1):
+                counts, bad = job.result()
+                total += counts
+                for name, reason in bad.items():
+                    logger.warning(f"warning: {name!r} is not readable ({reason}): left out")
+                if time.monotonic() - shown > REPORT:
+                    shown = time.monotonic()
+                    seconds = (shown - begin) * (len(left) - done) / done
+                    eta = datetime.timedelta(seconds=round(seconds))
+                    logger.info(f"{folder}: {done:,} of {len(left):,} shards, eta {eta}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()
+            for path in folder.glob("*.tmp"):
+                path.unlink(missing_ok=True)
+            raise
+    size = total.pop("bytes", 0) / 1e6
+    words = ", ".join(f"{count:,} {what}" for what, count in total.most_common())
+    logger.info(f"{folder}: {len(left):,} shards, {size:,.1f} MB: {words or 'nothing'}")
+
+
+_data: Dataset
+_args: argparse.Namespace
+
+
+def _begin(data: Dataset, args: argparse.Namespace, number: signal.Signals) -> None:
+    global _data, _args
+    _data, _args = data, args
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    end_with_parent(number)
+
+
+def _write_shard(path: Path, first: int, indices: np.ndarray) -> tuple[Counter, dict[str, str]]:
+    """Writes some images; returns what was done to how many, and bad ones with the reason."""
+    counts, bad = Counter(), {}
+    with_labels = getattr(_data, "classes", [""]) != [""]
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
+        for position, index in enumerate(indices.tolist(), start=first):
+            name = name_of(_data, index)
+            try:
+                content, extension, label, what = _sample(index)
+            except (BadImage, OSError) as error:
+                bad[name] = str(error)
+                continue
+            stem = re.sub(r"[^\w-]", "_", Path(name).stem)[:STEM]
+            key = f"{position:08d}-{stem}"
+            _add(tar, f"{key}{extension}", content)
+            if with_labels and label >= 0:
+                _add(tar, f"{key}.cls", str(label).encode())
+            counts[what] += 1
+            counts["bytes"] += len(content)
+    os.replace(temporary, path)
+    return counts, bad
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _sample(index: int) -> tuple[bytes, str, int, str]:
+    """An image file's bytes and extension, its label, and what was done to it."""
+    if not isinstance(_data, Source):  # pixels, of a named data set
+        image, label = _data[index]
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return buffer.getvalue(), ".png", int(label), "written as PNG"
+    content, name = _data.content(index)
+    data = Path(content).read_bytes() if isinstance(content, str) else content.getvalue()
+    label, extension = int(_data.targets[index]), extension_of(f"_{name}")
+    if extension and _args.max_side is None:
+        return data, extension, label, "as they were"
+    image = open_image(io.BytesIO(data), name)
+    extension = extension or f".{image.format.lower().replace('jpeg2000', 'jp2')}"
+    if _args.max_side is None or max(image.size) <= _args.max_side:
+        return data, extension, label, "as they were"
+    special = isinstance(image, NotPillows) or is_deep(image) or image.mode in ALPHA
+    if special or (getattr(image, "n_frames", 1) > 1 and image.format != "MPO"):
+        return (
+            data,
+            extension,
+            label,
+            "as they were, though large: of more than 8 bits, alpha, pages",
+        )
+    return _smaller(image, _args.max_side, _args.quality), ".jpg", label, "made smaller"
+
+
+def _smaller(image: Image.Image, side: int, quality: int) -> bytes:
+    """A JPEG of an image, upright, whose longer side is `side`."""
+    mode = "L" if image.mode in ("1", "L") else "RGB"
+    shrink = max(1, max(image.size) // (2 * side))  # of JPEGs, while they are decoded
+    pixels = to_8_bits(image, mode, shrink)
+    scale = side / max(pixels.size)
+    size = [max(1, round(length * scale)) for length in pixels.size]
+    buffer = io.BytesIO()
+    resized = pixels.resize(size, Image.Resampling.BICUBIC)
+    resized.save(buffer, "JPEG", quality=quality, subsampling=SAMPLING)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    launch(main, get_args_parser().parse_args())
