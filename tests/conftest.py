@@ -1,13 +1,16 @@
 """What the tests share: real images, small models, and scripts run as people run them."""
 
 import argparse
+import atexit
 import gc
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +24,9 @@ from sklearn.datasets import load_sample_images
 from torch.multiprocessing import start_processes
 
 import model_mae
+import util.shards as shards_tool
 from util.args import pretrain_parser
+from util.datasets import open_dataset
 from util.errors import STOP_SIGNALS
 from util.run import checkpoint, training
 from util.run.launch import launch
@@ -31,6 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 for number in (signal.SIGHUP, signal.SIGINT):  # ignored where the tests run in the background,
     if signal.getsignal(number) is signal.SIG_IGN:  # which what they start would inherit
         signal.signal(number, signal.SIG_DFL)
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="huggingface-")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 torch.set_num_threads(1)  # the models here are too small to share out
 
@@ -210,6 +219,38 @@ def photos(tmp_path_factory) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(tile).save(folder / f"{i:02d}.jpg", quality=90)
     return root
+
+
+def write_shards(source: Path | str, out: Path, *flags: object) -> Path:
+    words = ["--data_path", source, "--out", out, "--shard_images", 10, "--num_workers", 2, *flags]
+    assert run_main(shards_tool, *words) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def shards(photos, tmp_path_factory) -> Path:
+    """The photos, byte by byte and in their order: five shards, and two for validation."""
+    return write_shards(photos, tmp_path_factory.mktemp("shards") / "out", "--keep_order")
+
+
+@pytest.fixture(scope="session")
+def table(photos, tmp_path_factory) -> Path:
+    """The photos as the Hub has ImageNet: data/train-00000-of-00002.parquet, ..."""
+    datasets = pytest.importorskip("datasets", reason="it is optional")
+    root = tmp_path_factory.mktemp("table") / "data"
+    root.mkdir()
+    for split, name, parts in ((True, "train", 2), (False, "validation", 1)):
+        folder = open_dataset(str(photos), split)
+        names = map(folder.name, range(len(folder)))
+        images = [{"path": None, "bytes": Path(name).read_bytes()} for name in names]
+        label = datasets.ClassLabel(names=folder.classes)
+        features = datasets.Features({"image": datasets.Image(), "label": label})
+        rows = {"image": images, "label": folder.targets.tolist()}
+        rows = datasets.Dataset.from_dict(rows, features=features)
+        for part in range(parts):
+            path = root / f"{name}-{part:05d}-of-{parts:05d}.parquet"
+            rows.shard(parts, part, contiguous=True).to_parquet(str(path))
+    return root.parent
 
 
 @pytest.fixture

@@ -271,8 +271,12 @@ def test_nan_on_one_rank_is_left_out_by_both(flags, tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_another_number_of_processes_sees_every_image(before, after, flags, whole, tmp_path):
-    flags = [*flags, "--output_dir", tmp_path, "--accum_iter", 2 // before]
+@pytest.mark.parametrize("data", ["photos", "shards", "table"])
+def test_another_number_of_processes_sees_every_image(
+    before, after, data, flags, tmp_path, request
+):
+    flags = [*flags, "--data_path", request.getfixturevalue(data), "--shuffle_window", 20]
+    flags += ["--output_dir", tmp_path, "--accum_iter", 2 // before]
     note = (note_images, str(tmp_path))
     fleet = Fleet(flags, tmp_path, before, [(at, Fault(stop, 1, 2 * 2 // before)), note])
     assert set(fleet.wait()) == {128 + signal.SIGTERM}

@@ -102,6 +102,8 @@ def write_split(data: Dataset, folder: Path, args: argparse.Namespace) -> None:
         UserError, OSError: they cannot be written.
     """
     folder.mkdir(exist_ok=True)
+    for path in folder.glob("*.tmp"):  # what a start that was killed left
+        path.unlink(missing_ok=True)
     order = np.arange(len(data))
     if not args.keep_order:
         order = np.random.default_rng(args.seed).permutation(order)
@@ -138,8 +140,6 @@ def write_split(data: Dataset, folder: Path, args: argparse.Namespace) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.kill()
-            for path in folder.glob("*.tmp"):
-                path.unlink(missing_ok=True)
             raise
     size = total.pop("bytes", 0) / 1e6
     words = ", ".join(f"{count:,} {what}" for what, count in total.most_common())

@@ -1,0 +1,96 @@
+"""Labels from a table, for folders without classes."""
+
+from pathlib import Path
+
+import pytest
+from conftest import log_of, run_main, the_error
+from PIL import Image
+
+import main_linprobe
+from util.datasets import open_dataset, open_labelled
+from util.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for split, count in (("train", 6), ("val", 4)):
+        for i in range(count):
+            path = tmp_path / f"data/{split}/{i % 2}/{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+    return tmp_path / "data"
+
+
+def table(folder: Path, text: str) -> str:
+    (folder / "labels.csv").write_text(text)
+    return str(folder / "labels.csv")
+
+
+def test_files_are_found_in_the_folder_or_its_split(folder):
+    rows = "file,label\n./train/0/0.png,10\ntrain/1/1.png,9\nval/0/0.png,9\n0/2.png,9\n"
+    train, val, classes = open_labelled(str(folder), labels=table(folder, rows))
+    assert (classes, train.classes) == (2, ["9", "10"])
+    assert [Path(train.name(i)).name for i in range(len(train))] == ["0.png", "2.png", "1.png"]
+    assert train.targets.tolist() == [1, 0, 0]
+    assert (val.targets.tolist(), val.empty) == ([0, 0], ["10"])  # 0/2.png is in both
+    assert train.left_out[f"images that {folder}/labels.csv does not have"] == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Image;Class\n0/0.png;a b\n",
+        "\ufefffilename\tid\tlabel\n0/0.png\t1\ta b\n",
+        'file,label\n"0/0.png","a b"\n\n',
+    ],
+)
+def test_tables_as_people_write_them(text, folder):
+    dataset = open_dataset(str(folder), True, labels=table(folder, text))
+    assert (dataset.classes, len(dataset)) == (["a b"], 1)
+    assert dataset[0][0].getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_a_table_may_name_its_column(folder):
+    path = table(folder, "image,age,breed\n0/0.png,3,b\n1/1.png,3,a\n")
+    assert open_dataset(str(folder), True, labels=f"{path}:breed").targets.tolist() == [1, 0]
+
+
+def test_files_that_are_not_there_are_told(folder, caplog):
+    path = table(folder, "file,label\n0/0.png,a\ntrain/9.png,b\n")
+    assert len(open_dataset(str(folder), True, labels=path)) == 1
+    assert f"warning: --labels {path}: not in {folder}: train/9.png" in caplog.text
+
+
+def test_a_probe_takes_them(folder, tmp_path):
+    rows = "".join(f"{i % 2}/{i}.png,{'ab'[i // 3]}\n" for i in range(6))
+    flags = ["--data_path", folder / "train", "--labels", table(folder, f"file,label\n{rows}")]
+    flags += ["--model", "vit_nano_patch4", "--input_size", 8, "--epochs", 1, "--batch_size", 2]
+    flags += ["--val_fraction", 0.3, "--num_workers", 0, "--output_dir", tmp_path / "out"]
+    assert run_main(main_linprobe, *flags, "--device", "cpu") == 0
+    assert "labels.csv in 2 classes of 2" in log_of(tmp_path / "out")[0]["data"]["train"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no columns file and label, but ; "),
+        ("a,b\n1,2\n", "no columns file and label, but a,b; .*labels.csv:COLUMN takes another"),
+        ("file,label\n0/0.png\n", "line 2 lacks a file or a label"),
+        ("file,label\n0/0.png,\n", "line 2 lacks a file or a label"),
+        ("file,label\n0/0.png,a\n0/0.png,b\n", "line 3: two labels for 0/0.png"),
+        ("file,label\nother.png,a\n", r"no images in .*; left out 6 images that"),
+    ],
+)
+def test_tables_that_cannot_be_used_are_one_line(text, words, folder):
+    with pytest.raises(UserError, match=words):
+        open_dataset(str(folder), True, labels=table(folder, text))
+
+
+def test_what_has_its_own_labels_takes_no_table(folder, flags, capsys):
+    with pytest.raises(UserError, match=r"none\.csv: No such file"):
+        open_dataset(str(folder), True, labels="none.csv")
+    words = ["--data_path", "digits", "--labels", "x.csv", "--model", "vit_nano_patch4"]
+    assert run_main(main_linprobe, *words, "--input_size", 8, "--output_dir", "") == 1
+    assert "--labels is for a folder of images, and digits has its own" in the_error(
+        capsys.readouterr().err
+    )
