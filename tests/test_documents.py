@@ -13,7 +13,7 @@ from PIL import Image
 
 import main_linprobe
 from model_mae import mae_vit_tiny_patch16
-from util import export, visualize
+from util import export, shards, visualize
 from util.args import finetune_parser, linprobe_parser, pretrain_parser
 from util.run import checkpoint
 from util.slurm.flags import job_parser
@@ -24,6 +24,7 @@ LENGTHS = {
     "PRETRAIN.md": 150,
     "FINETUNE.md": 130,
     "CONTRIBUTING.md": 40,
+    "docs/DATA.md": 80,
     "docs/SLURM.md": 80,
     "docs/RESUMING.md": 60,
     "docs/DIFFERENCES.md": 30,
@@ -40,6 +41,7 @@ PARSERS = {
     "submitit_linprobe": lambda: job_parser(linprobe_parser()),
     "util.visualize": visualize.get_args_parser,
     "util.export": export.get_args_parser,
+    "util.shards": shards.get_args_parser,
 }
 LAUNCHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts"}
 LAUNCHERS |= {"--ipc=host", "--shm-size"}  # Docker's
@@ -248,5 +250,5 @@ def test_the_oldest_versions_are_the_requirements_floor():
     oldest = dict(
         re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / ".github/oldest.txt").read_text(), re.M)
     )
-    assert set(floor) - set(oldest) == {"tifffile", "pytest", "ruff"}
+    assert set(floor) - set(oldest) == {"tifffile", "datasets", "webdataset", "pytest", "ruff"}
     assert all(f"{oldest[name]}.".startswith(f"{floor[name]}.") for name in oldest)

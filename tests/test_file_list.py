@@ -13,7 +13,7 @@ from torchvision import datasets
 
 import main_pretrain
 import util.data.file_list
-from util.data.file_list import list_files, strings_of, write_lists
+from util.data.file_list import list_files, write_lists
 from util.data.index import Index, Strings
 from util.datasets import open_dataset
 
@@ -60,8 +60,8 @@ def is_image(path: str) -> bool:
 def listing_of(root: Path, cache: Path | None = None) -> dict[str, list[str]]:
     """Image names by folder."""
     index = list_files(root, is_image, cache)
-    names = iter(strings_of(index, "names"))
-    folders = zip(strings_of(index, "folders"), index["counts"], strict=True)
+    names = iter(index.strings("names"))
+    folders = zip(index.strings("folders"), index["counts"], strict=True)
     return {folder: [next(names) for _ in range(count)] for folder, count in folders}
 
 
@@ -152,12 +152,9 @@ def test_a_list_of_100_000_files_opens_within_a_second(tmp_path):
     settle(root)
     folders = ["", *(f"{label:03}" for label in range(1000))]
     names = Strings.pack(f"{folder}_{i:05}.JPEG" for folder in folders[1:] for i in range(100))
-    packed = Strings.pack(folders)
-    arrays = {
-        "names": names.data, "names_ends": names.ends, "folders": packed.data,
-        "folders_ends": packed.ends, "counts": np.array([0] + 1000 * [100]),
-        "times": np.full(1001, LONG_AGO * 10**9),
-    }  # fmt: skip
+    arrays = names.named("names") | Strings.pack(folders).named("folders")
+    arrays["counts"] = np.array([0] + 1000 * [100])
+    arrays["times"] = np.full(1001, LONG_AGO * 10**9)
     notes = {"root": str(root.resolve()), "left_out": {}, "archives": [], "rules": 3}
     Index(arrays, notes).write(tmp_path / "files-train.safetensors")
 

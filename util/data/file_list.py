@@ -13,6 +13,7 @@ from util.data.index import Index, Strings
 WORTH_KEEPING = 10_000  # files; fewer are listed within a second even on slow disks
 SETTLED = 2 * 10**9  # nanoseconds: the clocks of some file systems are as coarse as that
 
+ARCHIVES = (".tar", ".zip", ".parquet")
 CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")  # not hidden by a dot
 RULES = 3  # what is left out, and in which order; of a list by other rules nothing is believed
 
@@ -31,9 +32,9 @@ def list_files(root: Path, is_image: Callable[[str], bool], cache: Path | None =
             folder is unchanged: adding, removing or renaming files or folders changes it. If there
             are many files, the next `write_lists` writes it.
     Returns:
-        `names` and `folders` ("" for the root itself, "a/b" below it), as `strings_of` unpacks
-        them; `counts`, images in each folder. Its notes: `left_out`, the other files' number by
-        extension, and `archives`, those of `ARCHIVES` among them.
+        The strings `names` and `folders` ("" for the root itself, "a/b" below it); `counts`, images
+        in each folder. Its notes: `left_out`, the other files' number by extension, and, where
+        there are no images, `archives`, those of `ARCHIVES` among them.
     Raises:
         PermissionError: a folder is not readable.
     """
@@ -56,35 +57,23 @@ def list_files(root: Path, is_image: Callable[[str], bool], cache: Path | None =
             left_out[extension or "without extension"] += 1
             if extension in ARCHIVES:
                 archives.append(path)
-    order = sorted(listing)
-    if not listing[""]:
-        order.sort(key=top_of)
-    names = Strings.pack(name for folder in order for name in listing[folder])
-    folders = Strings.pack(order)
-    index = Index(
-        {
-            "names": names.data,
-            "names_ends": names.ends,
-            "folders": folders.data,
-            "folders_ends": folders.ends,
-            "counts": np.array([len(listing[folder]) for folder in order], np.int64),
-            "times": np.array([times[folder] for folder in order], np.int64),
-        },
-        {"root": str(root.resolve()), "rules": RULES, "left_out": left_out},
-    )
-    index.notes["archives"] = [] if len(names) else sorted(archives)
+    images = sum(map(len, listing.values()))
+    notes = {"root": str(root.resolve()), "rules": RULES, "left_out": left_out}
+    index = _pack(listing, times, notes | {"archives": [] if images else sorted(archives)})
     settled = max(times.values()) < time.time_ns() - SETTLED  # else a change might go unnoticed
-    if cache and settled and len(names) >= WORTH_KEEPING:
+    if cache and settled and images >= WORTH_KEEPING:
         keep(cache, index)
     return index
 
 
-ARCHIVES = (".tar", ".zip", ".parquet")
-
-
-def strings_of(index: Index, name: str) -> Strings:
-    """An index's strings by their name."""
-    return Strings(index[name], index[f"{name}_ends"])
+def _pack(listing: dict[str, list[str]], times: dict[str, int], notes: dict) -> Index:
+    order = sorted(listing)
+    if not listing[""]:
+        order.sort(key=top_of)
+    counts = np.array([len(listing[folder]) for folder in order], np.int64)
+    arrays = {"counts": counts, "times": np.array([times[f] for f in order], np.int64)}
+    arrays |= Strings.pack(name for f in order for name in listing[f]).named("names")
+    return Index(arrays | Strings.pack(order).named("folders"), notes)
 
 
 def top_of(folder: str) -> str:
@@ -112,7 +101,7 @@ def _read(root: Path, cache: Path) -> Index | None:
     kept = Index.read(cache)
     try:
         if kept and (kept.notes["root"], kept.notes["rules"]) == (str(root.resolve()), RULES):
-            folders = strings_of(kept, "folders")
+            folders = kept.strings("folders")
             times = zip(folders, kept["times"].tolist(), strict=True)
             if all(os.stat(root / folder).st_mtime_ns == time for folder, time in times):
                 return kept

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from util.data.file_list import list_files, strings_of, top_of
+from util.data.file_list import list_files, top_of
 from util.data.images import BadImage, open_image
 from util.data.source import EXTENSIONS, SPLITS, SURE_SPLITS, Source, extension_of, few
 
@@ -38,7 +38,7 @@ class ImageFiles(Source):
     def __init__(self, root: Path, cache: Path | None = None):
         self.root, self.where = str(root), str(root)
         index = list_files(root, _is_image, cache)
-        self.names, self.folders = strings_of(index, "names"), strings_of(index, "folders")
+        self.names, self.folders = index.strings("names"), index.strings("folders")
         counts = index["counts"]
         self.ends = np.cumsum(counts)
         self.left_out = Counter(index.notes["left_out"])

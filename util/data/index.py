@@ -42,6 +42,10 @@ class Index(dict[str, np.ndarray]):
         index.path = path
         return index
 
+    def strings(self, name: str) -> "Strings":
+        """Those that `Strings.named` gave a name."""
+        return Strings(self[name], self[f"{name}_ends"])
+
     def write(self, path: Path) -> bool:
         """Writes the file, whole or not at all; whether it could."""
         self.notes.setdefault("id", uuid.uuid4().hex)
@@ -79,6 +83,10 @@ class Strings(Sequence):
         encoded = [os.fsencode(string) for string in strings]
         ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
+
+    def named(self, name: str) -> dict[str, np.ndarray]:
+        """Their arrays, for an index."""
+        return {name: self.data, f"{name}_ends": self.ends}
 
     def __len__(self) -> int:
         return len(self.ends)

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from util.data.file_list import WORTH_KEEPING, keep, strings_of, top_of
+from util.data.file_list import WORTH_KEEPING, keep, top_of
 from util.data.images import BadImage
 from util.data.index import Index, Strings
 from util.data.members import DEFLATED, KINDS, Members, read_member, read_members
@@ -53,7 +53,7 @@ class Shards(Source):
         self.paths, self.where = Strings.pack(paths), where
         self.index = index = _open_index(paths, cache_dir)
         self.groups = index["counts"]
-        names = strings_of(index, "names")
+        names = index.strings("names")
         self.left_out = Counter(index.notes["left_out"])
         damage: dict[str, str] = index.notes["damage"]  # by the archive's number
         for number in list(damage)[:SHOWN]:
@@ -73,7 +73,7 @@ class Shards(Source):
     def _take_labels(self, names: list[str], listed: Path) -> None:
         names = in_order(names)
         order = {name: number for number, name in enumerate(names)}
-        old = strings_of(self.index, "names")
+        old = self.index.strings("names")
         self.targets = self.index["labels"]
         if [order[name] for name in old] != list(range(len(old))):
             new = np.array([*(order[name] for name in old), -1], np.int32)
@@ -213,7 +213,7 @@ def _open_index(paths: list[str], cache_dir: str) -> Index:
         "shard_sizes": np.array([stat.st_size for stat in stats], np.int64),
         "shard_times": np.array([stat.st_mtime_ns for stat in stats], np.int64),
     }
-    found |= {"paths": names.data, "paths_ends": names.ends}
+    found |= names.named("paths")
     for place in places:
         kept = Index.read(place)
         if (
@@ -264,8 +264,7 @@ def _merge(archives: list[Members], found: dict[str, np.ndarray]) -> Index:
         numbers = [names.setdefault(name, len(names)) for name in archive.names]
         archive.labels = np.array([*numbers, -1], np.int32)[archive.labels]
     arrays = {c: np.concatenate([getattr(archive, c) for archive in archives]) for c in COLUMNS}
-    packed = Strings.pack(names)
-    arrays |= {"names": packed.data, "names_ends": packed.ends}
+    arrays |= Strings.pack(names).named("names")
     arrays["counts"] = np.array([len(archive.offsets) for archive in archives], np.int64)
     damage = {str(n): archive.damage for n, archive in enumerate(archives) if archive.damage}
     left_out = sum((archive.left_out for archive in archives), Counter())
