@@ -97,14 +97,14 @@ def private(pid: int) -> float:
 def full_pass(dataset) -> tuple[float, float]:
     """Private MB of a loader process at its start, and after all names."""
     sampler = EpochSampler(dataset, 1, 0)
-    loader = DataLoader(dataset, 1000, sampler=sampler, num_workers=WORKERS)
+    options = {"num_workers": WORKERS, "persistent_workers": True}
+    loader = DataLoader(dataset, 1000, sampler=sampler, **options)
     batches = iter(loader)
     next(batches)
     pids = [worker.pid for worker in batches._workers]
     before = max(map(private, pids))
-    for done, _ in enumerate(batches, start=2):
-        if done == len(loader) - 1:
-            break
+    for _ in batches:
+        pass
     return before, max(map(private, pids))
 
 

@@ -42,6 +42,13 @@ def test_a_run_ends_in_the_folder_s_bits_though_it_is_stopped(flags, table, tmp_
     assert "2 .parquet files of" in log_of(tmp_path / "out")[0]["data"]["train"]
 
 
+def test_what_save_to_disk_wrote_is_loaded(table, tmp_path):
+    datasets.load_dataset(str(table)).save_to_disk(str(tmp_path / "saved"))
+    ours, theirs = (open_dataset(f"hf:{path}", True) for path in (tmp_path / "saved", table))
+    assert ours.targets.tolist() == theirs.targets.tolist()
+    assert ours.content(5)[0].read() == theirs.content(5)[0].read()
+
+
 def parquet(folder: Path, columns: dict, features: dict | None = None) -> str:
     rows = datasets.Dataset.from_dict(columns, features and datasets.Features(features))
     rows.to_parquet(str(folder / "a.parquet"))

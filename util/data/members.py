@@ -15,6 +15,7 @@ from util.data.file_list import CLUTTER
 from util.data.source import EXTENSIONS, extension_of
 
 BLOCK = 512  # a tar's, in bytes
+NAME = 100  # bytes at a header's beginning
 PADDING = 2**20  # bytes after a tar's end mark that are looked at: zeros, or another archive
 LABELS = ("label", "cls", "class")  # of a sample's .json, the first one that is there
 LOCAL_HEADER = 30  # bytes of a zip's member before its name
@@ -73,7 +74,10 @@ def _gather(
 
 
 def _is_shown(name: str) -> bool:
-    return not any(part.startswith(".") or part in CLUTTER for part in name.split("/"))
+    """Not hidden, nor what macOS or WebDataset add."""
+    parts = name.split("/")
+    added = any(part.startswith(".") or part in CLUTTER for part in parts)
+    return not added and not parts[-1].startswith("__")
 
 
 def _read_zip(path: str) -> Members:
@@ -170,11 +174,11 @@ def _what_is_wrong(file: BinaryIO, end: int, size: int) -> str:
     return ""
 
 
-def read_member(fd: int, path: str, offset: int, size: int, is_zip: bool) -> tuple[str, bytes]:
+def read_member(fd: int, offset: int, size: int, is_zip: bool) -> tuple[str, bytes]:
     """An image's name in its archive, and its bytes as they lie there."""
-    if not is_zip:
-        header = os.pread(fd, BLOCK, offset - BLOCK)
-        return _text(header[:100]), os.pread(fd, size, offset)
+    if not is_zip:  # the name is in the block before
+        content = os.pread(fd, BLOCK + size, offset - BLOCK)
+        return _text(content[:NAME]), content[BLOCK:]
     header = os.pread(fd, LOCAL_HEADER, offset)
     length, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
     name = os.pread(fd, length, offset + LOCAL_HEADER)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import time
 import zlib
@@ -71,14 +72,7 @@ class Shards(Source):
         self.ends = np.cumsum(self.groups)
 
     def _take_labels(self, names: list[str], listed: Path) -> None:
-        names = in_order(names)
-        order = {name: number for number, name in enumerate(names)}
-        old = self.index.strings("names")
-        self.targets = self.index["labels"]
-        if [order[name] for name in old] != list(range(len(old))):
-            new = np.array([*(order[name] for name in old), -1], np.int32)
-            self.targets = new[self.targets]
-        self.classes = names
+        self.classes, self.targets = names, self.index["labels"]
         with_names = listed.read_text().splitlines() if listed.exists() else []
         if with_names and all(n.isdecimal() and int(n) < len(with_names) for n in names):
             self.classes = [with_names[int(name)] for name in names]
@@ -131,7 +125,7 @@ class Shards(Source):
         row = index if self.chosen is None else self.chosen[index]
         file = _opened(path, int(self.index["shard_sizes"][shard]))
         offset, size, kind = (int(self.index[column][row]) for column in COLUMNS[:3])
-        name, data = read_member(file.fileno(), path, offset, size, extension_of(path) == ".zip")
+        name, data = read_member(file.fileno(), offset, size, extension_of(path) == ".zip")
         if len(data) < size:
             raise BadImage("the archive is cut off")
         if kind >= DEFLATED:
@@ -170,7 +164,7 @@ def find_archives(data_path: str) -> list[str] | None:
     elif os.path.isfile(data_path):
         return [data_path] if extension_of(data_path) in (".tar", ".zip", ".parquet") else None
     elif any(letter in data_path for letter in "{*?") and not os.path.isdir(data_path):
-        words = dict.fromkeys(braces(data_path))
+        words = braces(data_path)
         paths = [found for word in words for found in sorted(glob.glob(word)) or [word]]
     else:
         return None
@@ -184,19 +178,16 @@ def find_archives(data_path: str) -> list[str] | None:
 
 def braces(pattern: str) -> list[str]:
     """The words of a shell's braces: `{00..12}` counts, `{a,b}` lists; they may be nested."""
-    open_at = pattern.rfind("{")
-    close_at = pattern.find("}", open_at)
-    if open_at < 0 or close_at < 0:
+    group = re.search(r"\{([^{}]*)\}", pattern)
+    if group is None:
         return [pattern]
-    inside = pattern[open_at + 1 : close_at]
-    first, dots, last = inside.partition("..")
-    if dots and first.isdecimal() and last.isdecimal():
-        words = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
-    else:
-        words = inside.split(",")
-    return [
-        word for w in words for word in braces(f"{pattern[:open_at]}{w}{pattern[close_at + 1 :]}")
-    ]
+    before, after, words = pattern[: group.start()], pattern[group.end() :], group[1].split(",")
+    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", group[1]):
+        first, last = map(int, ends.groups())
+        digits = max(map(len, ends.groups())) if "0" in (ends[1][0], ends[2][0]) else 0
+        step = 1 if first <= last else -1
+        words = [f"{n:0{digits}d}" for n in range(first, last + step, step)]
+    return list(dict.fromkeys(found for w in words for found in braces(f"{before}{w}{after}")))
 
 
 def _open_index(paths: list[str], cache_dir: str) -> Index:
@@ -256,13 +247,13 @@ def _make_index(paths: list[str], found: dict[str, np.ndarray]) -> Index:
 def _merge(archives: list[Members], found: dict[str, np.ndarray]) -> Index:
     """One index of all archives; folders count as labels only where no archive has labels."""
     by_folder = all(archive.by_folder for archive in archives)
-    names: dict[str, int] = {}
+    used = [archive.names for archive in archives if archive.by_folder == by_folder]
+    names = in_order({name for names in used for name in names})
+    numbers = {name: number for number, name in enumerate(names)}
     for archive in archives:
-        if archive.by_folder and not by_folder:
-            archive.labels = np.full_like(archive.labels, -1)
-            continue
-        numbers = [names.setdefault(name, len(names)) for name in archive.names]
-        archive.labels = np.array([*numbers, -1], np.int32)[archive.labels]
+        known = numbers if archive.by_folder == by_folder else {}
+        new = [known.get(name, -1) for name in archive.names]
+        archive.labels = np.array([*new, -1], np.int32)[archive.labels]
     arrays = {c: np.concatenate([getattr(archive, c) for archive in archives]) for c in COLUMNS}
     arrays |= Strings.pack(names).named("names")
     arrays["counts"] = np.array([len(archive.offsets) for archive in archives], np.int64)

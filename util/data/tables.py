@@ -1,6 +1,7 @@
 """Images in tables: Parquet files, and data sets of Hugging Face's, through `datasets`."""
 
 import logging
+import os
 from collections import Counter
 from io import BytesIO
 from types import ModuleType
@@ -108,19 +109,24 @@ def open_hub(data_path: str, train: bool) -> Table | None:
     datasets = import_datasets()
     name, _, config = data_path.removeprefix(HUB).partition(":")
     try:
-        builder = datasets.load_dataset_builder(name, config or None)
-        splits = list(builder.info.splits or datasets.get_dataset_split_names(name, config or None))
+        saved = os.path.exists(os.path.join(name, "dataset_dict.json"))  # by `save_to_disk`
+        tables = datasets.load_from_disk(name) if saved else {}
+        splits = list(tables or datasets.get_dataset_split_names(name, config or None))
         chosen = next((split for split in SPLITS[train] if split in splits), None)
         if chosen is None and train and len(splits) == 1:
             (chosen,) = splits
         if chosen is None:
             logger.info(f"{data_path} has {', '.join(splits)}")
             return None
-        rows = datasets.load_dataset(name, config or None, split=chosen)
+        rows = (
+            tables[chosen] if saved else datasets.load_dataset(name, config or None, split=chosen)
+        )
     except Exception as error:  # of any class
         raise UserError(f"--data_path {data_path}: {_line(error)}") from None
     return Table(rows, f"{data_path}, {chosen}")
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
+    """The reason, which `datasets` keeps behind an error of its own."""
+    error = error.__cause__ or error
     return (str(error) or type(error).__name__).splitlines()[0]
