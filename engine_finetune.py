@@ -24,7 +24,7 @@ from util.distributed import (
 )
 from util.misc import seed_all
 from util.precision import Precision
-from util.run.checkpoint import load
+from util.run.checkpoint import load, load_published
 from util.run.interrupt import Poll, polled
 from util.run.logs import describe_run, log_to_console
 from util.run.run import Run
@@ -62,7 +62,7 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
     log_to_console()
     run = Run(args)
     source = args.resume if args.eval else args.finetune
-    state = load(source) if source else {}
+    state = (load if args.eval else load_published)(source) if source else {}
     inherit_pixels(args, state.get("args", {}), source)
     train, val, classes = from_rank_zero(
         lambda: open_labelled(

@@ -24,18 +24,20 @@ from util.args import pretrain_parser as get_args_parser
 from util.data.loader import train_loader
 from util.data.order import SeededDataset
 from util.data.pixels import Pixels
-from util.data.survey import settle_pixels
+from util.data.survey import inherit_pixels, settle_pixels
 from util.data.transforms import eval_transform_of
 from util.datasets import open_dataset, open_labelled
 from util.distributed import from_rank_zero, init_distributed_mode, is_main_process
 from util.features import encoder_knn
 from util.misc import seed_all
 from util.precision import Precision
+from util.run.checkpoint import load_published
 from util.run.launch import launch, session
 from util.run.logs import describe_run, log_to_console
 from util.run.run import Run
 from util.run.training import Training
 from util.visualize import PREVIEW_IMAGES, preview_images, reconstruction_grid
+from util.weights import start_from
 from util_contrastive import two_crops
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ def main(args: Namespace) -> None:
     device = init_distributed_mode(args)
     log_to_console()
     run = Run(args)
+    start = load_published(args.init) if args.init else {}
+    inherit_pixels(args, start.get("args", {}), args.init)
     images, val, _ = from_rank_zero(lambda: open_images(args))
     run.data = settle_pixels(args, train=images, val=val)
     transform = two_crops(args)
@@ -63,6 +67,8 @@ def main(args: Namespace) -> None:
     describe_objective(args, model)
 
     run.resume(model, optimizer=optimizer, scaler=precision.scaler)
+    if start and run.epoch == run.step == 0:
+        start_from(model, start["model"], args.init, start.get("args"))
     training = Training(model, loader, optimizer, precision, args, run)
     describe_run(args, model, precision, training.steps)
     preview = preview_images(images, PREVIEW_IMAGES, eval_transform_of(args, crop=1.0))

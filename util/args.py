@@ -153,6 +153,8 @@ def pretrain_parser() -> Parser:
     add("--std", type=AMOUNT, default=0.05, help="largest noise level, in normalised pixels")
     add("--mask_ratio", type=BELOW_1,
         help="share of patches removed; default: 0.5 for CAN, 0.75 for MAE, 0 for SimCLR")
+    add("--init", default="", metavar="PATH|URL", help="weights to start from, of MAE, timm, DINO, "
+        "Hugging Face, ...: what fits is used, with a new schedule")
     add("--augment", choices=("ssl", "weak", "none"), default="ssl", help="of the two views: "
         "SimCLR's; only crops and flips; or none, the middle of the image twice")
     add("--blur_prob", type=SHARE, default=0.5,

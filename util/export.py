@@ -15,7 +15,7 @@ from torch import Tensor
 from util.args import Parser
 from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from util.errors import UserError
-from util.run.checkpoint import load
+from util.run.checkpoint import load_published
 from util.run.launch import launch
 from util.sizes import SIZES, image_size, size_of
 from util.weights import check_same, encoder_part
@@ -57,7 +57,7 @@ def timm_arguments(weights: dict[str, Tensor], source: str, flags: dict[str, Any
 def main(args: argparse.Namespace) -> None:
     if not args.out.endswith(".safetensors"):
         raise UserError(f"--out {args.out}: the name must end in .safetensors")
-    state = load(args.checkpoint)
+    state = load_published(args.checkpoint)
     flags = state.get("args", {})
     weights, _ = encoder_part(state["model"])
     arguments = timm_arguments(weights, args.checkpoint, flags)

@@ -24,7 +24,7 @@ from util.data.transforms import eval_transform
 from util.datasets import open_dataset
 from util.distributed import is_main_process
 from util.errors import UserError
-from util.run.checkpoint import load
+from util.run.checkpoint import load_published
 from util.run.launch import launch
 
 PREVIEW_IMAGES = 8
@@ -105,7 +105,7 @@ def get_args_parser() -> Parser:
 def main(args: argparse.Namespace) -> None:
     from model_mae import model_from_checkpoint  # above util/, as only a command may do
 
-    state = load(args.checkpoint)
+    state = load_published(args.checkpoint)
     model = model_from_checkpoint(state, args.checkpoint, args.norm_pix_loss)
     if not model.reconstruct:
         raise UserError(f"{args.checkpoint} was trained without reconstruction (--weight_mae 0)")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from util.errors import UserError
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 NORM_LAYER = partial(nn.LayerNorm, eps=1e-6)  # MAE's, in encoder and decoder
 
+FIXED = ("decoder_pos_embed",)  # sine-cosine, of the grid
 # What a checkpoint may hold besides the encoder, by the beginnings of names.
 OTHER_PARTS = {
     "decoder": ("decoder_", "mask_token"),
@@ -94,11 +96,11 @@ def load_encoder(
 ) -> None:
     """Loads all of a downstream ViT except its `head`, and logs what was used and what was not.
 
-    Position embeddings are resized to the model's grid. If the model has an `fc_norm` and the
-    pretrained weights have none, it stays new and their `norm` is dropped, as in MAE.
+    If the model has an `fc_norm` and the pretrained weights have none, it stays new and their
+    `norm` is dropped, as in MAE.
 
     Args:
-        weights: `load`'s "model": of CAN or MAE, pretrained or fine-tuned, or timm's.
+        weights: `load_published`'s "model".
         source: where they come from, for messages.
         flags: that they were trained with, if known: those of images that are not square.
     Raises:
@@ -113,16 +115,77 @@ def load_encoder(
         for kind in ("weight", "bias"):
             del wanted[f"fc_norm.{kind}"], encoder[f"norm.{kind}"]
         unused["norm"] = 2
-    before = encoder.get("pos_embed")
-    grid = None
-    if flags and "patch_embed.proj.weight" in encoder and "pos_embed" in encoder:
-        patch = encoder["patch_embed.proj.weight"].shape[-1]
-        grid = tuple(side // patch for side in image_size(encoder, source, flags))
-    interpolate_pos_embed(model, encoder, grid)
+    new += fit_input(model, encoder, source, flags)
     check_same(wanted, encoder, source)
     model.load_state_dict(model.state_dict() | encoder)
-    left = ", ".join(f"{part} ({count})" for part, count in unused.items()) or "nothing"
-    if encoder["pos_embed"] is not before:
-        new.append("pos_embed, resized to {} x {} patches".format(*model.patch_embed.grid_size))
-    used, added = f"{len(encoder)} tensors of {source}", ", ".join(new)
-    logger.info(f"encoder: {used}; not used: {left}; new: {added}")
+    _tell("encoder", len(encoder), source, unused, new)
+
+
+def start_from(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    source: str | Path,
+    flags: dict[str, Any] | None = None,
+) -> None:
+    """Loads what fits into a pretraining model: the encoder, and each other part that is whole.
+
+    Position embeddings that do not depend on the images stay the model's own. As `load_encoder`.
+    """
+    encoder, others = encoder_part(weights)
+    own, unused, new = model.state_dict(), {}, []
+    wanted, _ = encoder_part(own)
+    for kind in ("weight", "bias"):  # of a classifier that pools before its norm
+        if f"norm.{kind}" not in encoder and encoder.pop(f"fc_norm.{kind}", None) is not None:
+            unused["fc_norm"], new = 2, ["norm"]
+            del wanted[f"norm.{kind}"]
+    new += fit_input(model, encoder, source, flags)
+    check_same(wanted, encoder, source)
+    loaded = dict(encoder)
+    for part, beginnings in OTHER_PARTS.items():
+        ours = {n: t for n, t in own.items() if n.startswith(beginnings) and n not in FIXED}
+        if ours and all(n in weights and weights[n].shape == t.shape for n, t in ours.items()):
+            check_same(ours, theirs := {name: weights[name] for name in ours}, source)
+            loaded |= theirs
+        else:
+            new += [part] * bool(ours)
+            unused |= {part: others[part]} if part in others else {}
+    model.load_state_dict(own | loaded)
+    _tell("start", len(loaded), source, unused, new)
+
+
+def fit_input(
+    model: nn.Module,
+    encoder: dict[str, Tensor],
+    source: str | Path,
+    flags: dict[str, Any] | None = None,
+) -> list[str]:
+    """Resizes positions to the model's grid, and sums or repeats channels as timm does.
+
+    Args:
+        encoder: changed in place.
+    Returns:
+        What was done, in words.
+    """
+    positions, patches = encoder.get("pos_embed"), encoder.get("patch_embed.proj.weight")
+    done, grid = [], None
+    if positions is None or patches is None or patches.ndim != 4:
+        return done
+    if flags:
+        patch = patches.shape[-1]
+        grid = tuple(side // patch for side in image_size(encoder, source, flags))
+    interpolate_pos_embed(model, encoder, grid)
+    if encoder["pos_embed"] is not positions:
+        done.append("pos_embed, resized to {} x {} patches".format(*model.patch_embed.grid_size))
+    found, wanted = patches.shape[1], model.patch_embed.proj.in_channels
+    if found == 3 != wanted:
+        encoder["patch_embed.proj.weight"] = adapt_input_conv(wanted, patches)
+        done.append(f"patch_embed, adapted from 3 channels to {wanted}")
+    return done
+
+
+def _tell(
+    what: str, count: int, source: str | Path, unused: dict[str, int], new: list[str]
+) -> None:
+    left = ", ".join(f"{part} ({number})" for part, number in unused.items()) or "nothing"
+    added = ", ".join(new) or "nothing"
+    logger.info(f"{what}: {count} tensors of {source}; not used: {left}; new: {added}")

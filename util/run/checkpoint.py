@@ -23,6 +23,7 @@ from torch import Tensor
 
 from util.distributed import from_rank_zero
 from util.errors import UserError
+from util.layouts import find_weights, to_ours
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ ALLOWED += [
     for value, name in ((np.float64(0), "scalar"), (np.zeros(0), "_reconstruct"))
     for core in ("_core", "core")
 ]
+HUGGING_FACE_FILES = ("pytorch_model.bin", "model.safetensors")  # in a model's folder
 DOWNLOAD_TIMEOUT = 60.0  # seconds without data
 HASH = re.compile(
     r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,})\."
@@ -96,6 +98,19 @@ def load(source: str | Path) -> dict[str, Any]:
         raise
 
 
+def load_published(source: str | Path) -> dict[str, Any]:
+    """As `load`, from any of the layouts of `util.layouts`; "model" is in ours.
+
+    Args:
+        source: also a folder of Hugging Face's.
+    """
+    for name in HUGGING_FACE_FILES if os.path.isdir(source) else ():
+        if os.path.exists(file := os.path.join(source, name)):
+            source = file
+    state = load(source)
+    return state | {"model": to_ours(state["model"], source)}
+
+
 def _read(path: Path) -> Any:
     """What a file holds; raises as `load`."""
     try:
@@ -141,9 +156,8 @@ def _checked(state: Any, source: str | Path) -> dict[str, Any]:
     """The result of `load`, from a file's content."""
     if isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()):
         state = {"model": state}
-    model = state.get("model") if isinstance(state, dict) else None
-    pairs = model.items() if isinstance(model, dict) else [(None, None)]
-    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs):
+    model = find_weights(state)
+    if model is None:
         raise UserError(f"{source} holds no model: expected tensors by name, alone or as 'model'")
     state["model"] = {WRAPPERS.sub("", name): tensor for name, tensor in model.items()}
     if isinstance(state.get("args"), argparse.Namespace):

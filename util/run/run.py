@@ -20,7 +20,7 @@ from util.distributed import from_rank_zero, get_world_size, host_group
 from util.errors import Stopped, UserError
 from util.lr_sched import global_batch, scale_learning_rate
 from util.misc import MetricLogger
-from util.recipes import RECIPES
+from util.run.changes import check_experiment, tell_changes
 from util.run.checkpoint import BEST, LAST, NUMBERED, load, save
 from util.run.folder import claim_folder, open_folder
 from util.run.interrupt import Interrupts
@@ -30,25 +30,6 @@ from util.weights import load_model
 logger = logging.getLogger(__name__)
 
 LEAST = {"epoch": -1, "images": 0, "world_size": 1, "global_batch": 1}  # what a checkpoint may hold
-# Flags that define the experiment, of all scripts together; with those of a recipe.
-EXPERIMENT = (
-    "seed", "model", "input_size", "weight_mae", "weight_simclr", "noise_loss", "mask_ratio", "std",
-    "global_pool", "layer_decay", "cache_features", "augment", "flip", "rotate90",
-)  # fmt: skip
-# What checkpoints mean that are older than some flags.
-OLD = RECIPES["release"] | {"augment": "ssl", "flip": None, "rotate90": False}
-# Flags that may differ at a resume without changing what is learnt.
-INDIFFERENT = (
-    "device", "num_workers", "pin_mem", "output_dir", "log_dir", "save_freq", "save_interval",
-    "keep_last", "resume", "overwrite", "start_epoch", "compile", "world_size", "local_rank",
-    "dist_on_itp", "dist_url", "eval", "dist_eval", "eval_freq", "grad_checkpointing", "finetune",
-)  # fmt: skip
-SCHEDULE = "the learning rate follows the new schedule from here on"
-IMAGES = "the epoch continues at the same image, in steps of the new size"
-MEANING = dict.fromkeys(("epochs", "warmup_epochs", "lr", "blr", "min_lr"), SCHEDULE)
-MEANING |= {"batch_size": IMAGES, "accum_iter": IMAGES}
-MEANING["data_path"] = "the epoch continues at the same position, of what images are there now"
-MEANING["shuffle_window"] = "in another order: some images of this epoch are seen twice, some not"
 # What loading a state of another kind or objective raises.
 MISFIT = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
 
@@ -68,7 +49,7 @@ class Run:
         offset: added to steps to place points in TensorBoard, where an epoch once had another
             number of steps.
         best: the highest score so far.
-        data: what was opened, in words, by split.
+        data, classes: what was opened, in words, by split; the classifier's classes, in its order.
         folder: of the checkpoints; None for none.
         _model, _states; _loader, _metrics: what is saved, registered by `resume` and `begin`.
         _resumed, _source: the checkpoint to resume, until all of it is loaded, and its path.
@@ -87,6 +68,7 @@ class Run:
         self.epoch, self.step, self.best = args.start_epoch, 0, -math.inf
         self.offset, self._steps, self._saved = 0, 0, ""
         self.data: dict[str, str] = {}
+        self.classes: list[str] = []
         self._interrupts = Interrupts(60 * args.save_interval)
         self._model: nn.Module | None = None
         self._states: dict[str, Any] = {}
@@ -144,10 +126,11 @@ class Run:
         state, path = self._resumed, self._source
         if not state:
             return
-        load_model(model, state.pop("model"), path)
         if missing := {*states, "epoch"} - state.keys():
             lacking = " and no ".join(sorted(missing))
-            raise UserError(f"{path} cannot be resumed: it has no {lacking}")
+            other = "--init of main_pretrain.py, and --finetune, start from weights alone"
+            raise UserError(f"{path} cannot be resumed: it has no {lacking}; {other}")
+        load_model(model, state.pop("model"), path)
         for name, part in states.items():
             try:
                 load_state(part, state.pop(name))
@@ -253,7 +236,7 @@ class Run:
         state |= {"args": vars(self.args), "given_accum_iter": self._given["accum_iter"]}
         state["given_lr"] = self._given["lr"]
         state |= {"world_size": get_world_size(), "global_batch": global_batch(self.args)}
-        state["data"] = self.data
+        state |= {"data": self.data, "classes": self.classes}
         state |= {"bad_images": sorted(self._loader.bad), "best": self.best}
         state["logged_steps"] = self.offset + self.epoch * self._steps + self.step
         failed = []
@@ -305,26 +288,6 @@ def resolve(args: argparse.Namespace, state: dict[str, Any]) -> None:
             kept = f"not bit-exact from here: {before} processes before, {now} now; {kept}"
         logger.info(kept)
     scale_learning_rate(args)
-
-
-def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: str | Path) -> None:
-    """Raises UserError if `--resume auto` found a checkpoint of another script or objective."""
-    there, here = OLD | state.get("args", {}), OLD | vars(args)
-    for name in (*EXPERIMENT, *RECIPES["release"]) if state.get("args") else ():
-        values = [repr(flags[name]) if name in flags else "no flag" for flags in (there, here)]
-        if values[0] != values[1]:
-            raise UserError(
-                f"--resume auto: {source} is of another experiment: --{name} is {values[0]} there, "
-                f"{values[1]} here; give another --output_dir, or --resume {source}"
-            )
-
-
-def tell_changes(before: dict[str, Any], flags: dict[str, Any]) -> None:
-    """Prints which flags differ from those of the checkpoint, and what that means."""
-    for name, value in flags.items():
-        if name in before and before[name] != value and name not in INDIFFERENT:
-            meaning = MEANING.get(name, "it holds from here on")
-            logger.info(f"changed: --{name} was {before[name]}, is {value}: {meaning}")
 
 
 def load_state(part: Any, state: dict[str, Any]) -> None:

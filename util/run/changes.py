@@ -1,0 +1,52 @@
+"""Flags that differ between a checkpoint and the run that resumes it."""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from util.errors import UserError
+from util.recipes import RECIPES
+
+logger = logging.getLogger(__name__)
+
+# Flags that define the experiment, of all scripts together; with those of a recipe.
+EXPERIMENT = (
+    "seed", "model", "input_size", "weight_mae", "weight_simclr", "noise_loss", "mask_ratio", "std",
+    "global_pool", "layer_decay", "cache_features", "augment", "flip", "rotate90",
+)  # fmt: skip
+# What checkpoints mean that are older than some flags.
+OLD = RECIPES["release"] | {"augment": "ssl", "flip": None, "rotate90": False}
+# Flags that may differ at a resume without changing what is learnt.
+INDIFFERENT = (
+    "device", "num_workers", "pin_mem", "output_dir", "log_dir", "save_freq", "save_interval",
+    "keep_last", "resume", "overwrite", "start_epoch", "compile", "world_size", "local_rank",
+    "dist_on_itp", "dist_url", "eval", "dist_eval", "eval_freq", "grad_checkpointing",
+    "finetune", "init",
+)  # fmt: skip
+SCHEDULE = "the learning rate follows the new schedule from here on"
+IMAGES = "the epoch continues at the same image, in steps of the new size"
+MEANING = dict.fromkeys(("epochs", "warmup_epochs", "lr", "blr", "min_lr"), SCHEDULE)
+MEANING |= dict.fromkeys(("batch_size", "accum_iter"), IMAGES)
+MEANING["data_path"] = "the epoch continues at the same position, of what images are there now"
+MEANING["shuffle_window"] = "in another order: some images of this epoch are seen twice, some not"
+
+
+def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: str | Path) -> None:
+    """Raises UserError if `--resume auto` found a checkpoint of another script or objective."""
+    there, here = OLD | state.get("args", {}), OLD | vars(args)
+    for name in (*EXPERIMENT, *RECIPES["release"]) if state.get("args") else ():
+        values = [repr(flags[name]) if name in flags else "no flag" for flags in (there, here)]
+        if values[0] != values[1]:
+            raise UserError(
+                f"--resume auto: {source} is of another experiment: --{name} is {values[0]} there, "
+                f"{values[1]} here; give another --output_dir, or --resume {source}"
+            )
+
+
+def tell_changes(before: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Prints which flags differ from those of the checkpoint, and what that means."""
+    for name, value in flags.items():
+        if name in before and before[name] != value and name not in INDIFFERENT:
+            meaning = MEANING.get(name, "it holds from here on")
+            logger.info(f"changed: --{name} was {before[name]}, is {value}: {meaning}")
