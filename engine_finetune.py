@@ -2,38 +2,41 @@
 
 import argparse
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from util.data.loader import DeviceLoader, eval_loader, to_device
 from util.data.order import SeededDataset
+from util.data.source import classes_of, labels_of
 from util.data.survey import inherit_pixels, settle_pixels
 from util.data.transforms import eval_transform_of
-from util.datasets import open_labelled
+from util.datasets import check_classes, open_dataset, open_labelled
 from util.distributed import (
     broadcast_buffers,
     from_rank_zero,
     init_distributed_mode,
+    max_over_ranks,
     sum_over_ranks,
 )
 from util.misc import seed_all
 from util.precision import Precision
+from util.predictions import TOP, Predictions, See, Tally, balanced_weights, match_classes
 from util.run.checkpoint import load, load_published
 from util.run.interrupt import Poll, polled
 from util.run.logs import describe_run, log_to_console
 from util.run.run import Run
 from util.run.training import Training
-from util.weights import load_encoder, load_model
+from util.weights import fit_input, load_encoder, load_model
 
 logger = logging.getLogger(__name__)
-
-TOP5_CLASSES = 6  # with fewer, the five best are all classes, or all but one
 
 
 @dataclass
@@ -41,17 +44,24 @@ class Task:
     """What fine-tuning and probing start with: images with labels, and a model with weights."""
 
     run: Run
-    train: Dataset  # of (PIL image, label) pairs, like val
+    train: Dataset | None  # of (PIL image, label) pairs, like val; None if there is no training
     val: Dataset
     val_loader: DeviceLoader
     model: nn.Module
     precision: Precision
 
+    def class_weights(self) -> Tensor | None:
+        """`--class_weights`'s, on the device; None for none."""
+        if self.run.args.class_weights is None:
+            return None
+        weights = balanced_weights(labels_of(self.train), len(self.run.classes))
+        return weights.to(self.precision.device)
+
 
 def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], nn.Module]) -> Task:
     """Joins the process group, opens the data, builds the model and loads `--finetune`'s weights.
 
-    With `--eval` all weights are `--resume`'s.
+    With `--eval` and `--predict` all weights are `--resume`'s.
 
     Args:
         build: the model for the flags and a number of classes, on the CPU.
@@ -61,28 +71,58 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
     device = init_distributed_mode(args)
     log_to_console()
     run = Run(args)
-    source = args.resume if args.eval else args.finetune
-    state = (load if args.eval else load_published)(source) if source else {}
+    weighs_up = args.eval or args.predict  # trained weights, without more training
+    source = args.resume if weighs_up else args.finetune
+    state = (load if weighs_up else load_published)(source) if source else {}
     inherit_pixels(args, state.get("args", {}), source)
-    train, val, classes = from_rank_zero(
-        lambda: open_labelled(
-            args.data_path, args.nb_classes, args.val_fraction, args.output_dir, args.labels
-        )
-    )
-    run.data = settle_pixels(args, train=train, val=val)
+    train, val, run.classes = from_rank_zero(lambda: open_images(args, state))
+    run.data = settle_pixels(args, **{"train": train} if train else {}, val=val)
     val_data = SeededDataset(val, eval_transform_of(args), args.seed)
     val_loader = eval_loader(val_data, args, device, share=args.dist_eval)
 
     seed_all(args.seed)
     precision = Precision(args.precision, device)
-    model = build(args, classes)
+    model = build(args, len(run.classes))
     if not state:
         logger.info("encoder: random, since --finetune names no weights")
-    elif args.eval:
+    elif weighs_up:
+        for words in fit_input(model, state["model"], source, state.get("args")):
+            logger.info(words)
         load_model(model, state["model"], source)
     else:
         load_encoder(model, state["model"], source, state.get("args"))
     return Task(run, train, val, val_loader, model.to(device), precision)
+
+
+def open_images(
+    args: argparse.Namespace, state: dict[str, Any]
+) -> tuple[Dataset | None, Dataset, list[str]]:
+    """Training images, those to evaluate on, and the classes; only the latter for `--eval`.
+
+    Args:
+        state: of `--eval` and `--predict`, the checkpoint: its classes, in its order, are taken.
+    Raises:
+        UserError: as `open_labelled`; the checkpoint's classes are others.
+    """
+    known: list[str] = state.get("classes") or []
+    if args.predict:
+        heads = [t for name, t in state["model"].items() if re.fullmatch(r"head\.(1\.)?bias", name)]
+        numbers = [str(number) for number in range(len(heads[0]) if heads else 0)]
+        return None, open_dataset(args.predict, None, args.output_dir), known or numbers
+    if args.eval and not args.val_fraction:
+        train, val = None, open_dataset(args.data_path, False, args.output_dir, args.labels)
+        check_classes(val, args.data_path, args.nb_classes)
+    else:
+        train, val, _ = open_labelled(
+            args.data_path, args.nb_classes, args.val_fraction, args.output_dir, args.labels
+        )
+    classes = classes_of(val)
+    if args.eval and known:
+        match_classes(val, known, classes, args.resume)
+        classes = known
+    elif args.eval:
+        logger.info(f"{args.resume} has no names of classes: those of the images are taken")
+    return train, val, classes
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
@@ -102,7 +142,11 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 
 
 def train_one_epoch(
-    training: Training, epoch: int, mixup: Mixup | None = None, smoothing: float = 0.0
+    training: Training,
+    epoch: int,
+    mixup: Mixup | None = None,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
 ) -> dict[str, float]:
     """Trains for one epoch and returns its mean metrics over all ranks.
 
@@ -110,6 +154,7 @@ def train_one_epoch(
         training: its model maps the loader's inputs (images, or cached features) to logits.
         mixup: smooths labels itself.
         smoothing: of labels, without mixup.
+        weights: [K], of the classes; if not given, they are alike.
     Raises:
         UserError, Stopped: as `Training.batches`.
     """
@@ -120,16 +165,26 @@ def train_one_epoch(
             inputs, labels = mixup(inputs, labels)
         with training.precision.autocast():
             logits = training.model(inputs)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        loss = F.cross_entropy(
+            logits.float(),
+            labels,
+            weights,
+            label_smoothing=smoothing,
+            reduction="mean" if weights is None else "none",  # not by the sum of weights
+        ).mean()
         training.backward({"loss": loss})
     return training.means()
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, loader: DeviceLoader, precision: Precision, poll: Poll | None = None
-) -> dict[str, float]:
-    """Mean loss, top-1 and, from 6 classes on, top-5 accuracy in percent: `loss, acc1, acc5`.
+def tally(
+    model: nn.Module,
+    loader: DeviceLoader,
+    precision: Precision,
+    poll: Poll | None = None,
+    see: See | None = None,
+) -> Tally:
+    """Counts of how often a classifier is right.
 
     Every process counts the images of its loader, and the counts are added up: exact both for
     loaders that share the images without overlap and for loaders that each hold all of them.
@@ -138,52 +193,96 @@ def evaluate(
         model: not wrapped in DDP, so that processes may see different numbers of batches.
         loader: of (input, label) batches.
         poll: called after each batch, equally often on every rank; None cannot save.
+        see: called with the logits of each batch.
     Raises:
         UserError: too many images are not readable; on every rank.
     """
     broadcast_buffers(model)  # each process's BatchNorm has seen other images
     model.eval()
-    sums = torch.zeros(5, dtype=torch.float64, device=precision.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=precision.device)
     for batch in polled(loader, poll):
         inputs, labels = to_device(batch, precision.device)
         with precision.autocast():
             logits = model(inputs)
-        images, classes = logits.shape
+        if see:
+            see(logits)
         loss = F.cross_entropy(logits.float(), labels, reduction="none").double().sum()
-        hits = logits.topk(min(5, classes)).indices == labels[:, None]
-        counts = sums.new_tensor([images, images * classes])
-        sums += torch.cat([torch.stack([loss, hits[:, 0].sum(), hits.sum()]), counts])
+        classes = logits.shape[1]
+        top5 = logits.topk(min(TOP, classes)).indices == labels[:, None]
+        counted = labels[top5[:, 0]], labels
+        counts = [torch.bincount(part, minlength=classes) for part in counted]
+        new = torch.cat([torch.stack([loss, top5.sum()]), *counts])
+        sums = F.pad(sums, (0, len(new) - len(sums))) + new
     loader.report_bad()
-    loss, top1, top5, images, classes = sum_over_ranks(sums).tolist()
-    scores = {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
-    if classes / images < TOP5_CLASSES:  # a mean, since a process may have had no images
-        del scores["acc5"]
-    return scores
+    size = max_over_ranks(len(sums))  # a process may have had no images
+    loss, top5, *counts = (
+        sum_over_ranks(F.pad(sums, (0, size - len(sums))))
+        .cpu()
+        .split([1, 1, size // 2 - 1, size // 2 - 1])
+    )
+    return Tally(loss.item(), top5.item(), *counts)
+
+
+def evaluate(
+    model: nn.Module, loader: DeviceLoader, precision: Precision, poll: Poll | None = None
+) -> dict[str, float]:
+    """Mean loss, top-1, balanced and, from 6 classes on, top-5 accuracy in percent.
+
+    Args, raises: as `tally`; the keys are those of `Tally.scores`.
+    """
+    return tally(model, loader, precision, poll).scores()
 
 
 def summary(scores: dict[str, float]) -> str:
     """The scores of `evaluate` as text."""
     top5 = f"top-5 {scores['acc5']:.2f} %, " if "acc5" in scores else ""
-    return f"top-1 {scores['acc1']:.2f} %, {top5}loss {scores['loss']:.4f}"
+    balanced = f"balanced {scores['balanced']:.2f} %, "
+    return f"top-1 {scores['acc1']:.2f} %, {balanced}{top5}loss {scores['loss']:.4f}"
+
+
+@torch.no_grad()
+def predict(model: nn.Module, loader: DeviceLoader, precision: Precision, see: See) -> None:
+    """Shows `see` the logits of each batch; labels are not used. Raises as `tally`."""
+    model.eval()
+    for images, _ in loader:
+        with precision.autocast():
+            see(model(images))
+    loader.report_bad()
 
 
 def report(task: Task) -> None:
-    """`--eval`: evaluates and prints one line."""
-    logger.info(summary(evaluate(task.model, task.val_loader, task.precision)))
+    """`--eval` and `--predict`: prints one line, and writes the tables that flags ask for."""
+    args, classes = task.run.args, task.run.classes
+    found = Predictions(task.val, classes, args.dist_eval, labelled=not args.predict)
+    if args.predict:
+        predict(task.model, task.val_loader, task.precision, found.add)
+    else:
+        counts = tally(task.model, task.val_loader, task.precision, see=found.add)
+        logger.info(summary(counts.scores()))
+        if args.per_class:
+            from_rank_zero(lambda: counts.write(args.per_class, classes))
+    if args.predictions:
+        found.write(args.predictions)
+    for path in filter(None, (args.predictions, args.per_class)):
+        logger.info(f"written: {path}")
 
 
 def fit(
-    training: Training, val_loader: DeviceLoader, mixup: Mixup | None = None, smoothing: float = 0.0
+    training: Training,
+    val_loader: DeviceLoader,
+    mixup: Mixup | None = None,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
 ) -> None:
     """Trains to the last epoch; evaluates, logs and saves after each.
 
     Args:
-        mixup, smoothing: `train_one_epoch`'s.
+        mixup, smoothing, weights: `train_one_epoch`'s.
     """
     run, model = training.run, training.model.module
     describe_run(training.args, model, training.precision, training.steps)
     for epoch in range(run.epoch, training.args.epochs):
-        stats = train_one_epoch(training, epoch, mixup, smoothing)
+        stats = train_one_epoch(training, epoch, mixup, smoothing, weights)
         scores = evaluate(model, val_loader, training.precision, run.poll)
         best = max(run.best, scores["acc1"])
         logger.info(f"epoch {epoch}: {summary(scores)}; best top-1 {best:.2f} %")

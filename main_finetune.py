@@ -28,7 +28,7 @@ from util.run.training import Training
 def main(args: argparse.Namespace) -> None:
     task = set_up(args, build_model)
     train_transform = build_transform(True, args)
-    if args.eval:
+    if args.eval or args.predict:
         report(task)
         return
 
@@ -39,7 +39,8 @@ def main(args: argparse.Namespace) -> None:
     data = SeededDataset(task.train, train_transform, args.seed)
     loader = train_loader(data, args, precision.device)
     training = Training(model, loader, optimizer, precision, args, task.run, args.clip_grad)
-    fit(training, task.val_loader, build_mixup(args, model.num_classes), args.smoothing)
+    mixup = build_mixup(args, model.num_classes)
+    fit(training, task.val_loader, mixup, args.smoothing, task.class_weights())
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
         accuracy = encoder_knn(model.features, task.train, task.val, args, precision)
         logger.info(f"kNN top-1 {accuracy:.2f} %")
         return
-    if args.eval:
+    if args.eval or args.predict:
         report(task)
         return
 
@@ -52,7 +52,8 @@ def main(args: argparse.Namespace) -> None:
         trained, val_loader = model, task.val_loader
         data = SeededDataset(task.train, probe_transform_of(args), args.seed)
         loader = train_loader(data, args, device)
-    fit(Training(trained, loader, optimizer, precision, args, task.run), val_loader)
+    training = Training(trained, loader, optimizer, precision, args, task.run)
+    fit(training, val_loader, weights=task.class_weights())
 
 
 if __name__ == "__main__":

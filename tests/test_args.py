@@ -24,7 +24,7 @@ PRETRAIN_FLAGS = {
     "precision": "auto", "resume": "", "save_freq": 20, "save_interval": 15.0,
     "labels": "", "shuffle_window": None,
     "seed": 0, "skip_nonfinite": 0, "start_epoch": 0, "std": 0.05,
-    "augment": "ssl", "flip": None, "in_chans": None, "pages": None, "patch_size": 16,
+    "augment": "ssl", "init": "", "flip": None, "in_chans": None, "pages": None, "patch_size": 16,
     "pixel_mean": None, "pixel_range": None, "pixel_std": None, "resize": "crop", "rotate90": False,
     "warmup_epochs": 40, "weight_decay": 0.05, "weight_mae": 0.97, "weight_noise": 0.3,
     "weight_simclr": 0.03, "world_size": 1,
@@ -43,7 +43,8 @@ SHARED = {
 
 SUPERVISED_FLAGS = SHARED | {
     "dist_eval": False, "eval": False, "finetune": "", "model": "vit_large_patch16",
-    "nb_classes": None, "val_fraction": 0.0,
+    "nb_classes": None, "val_fraction": 0.0, "class_weights": None, "predict": "",
+    "predictions": "", "per_class": "",
 }  # fmt: skip
 
 # MAE's defaults, but for nb_classes, which the data say

@@ -53,6 +53,9 @@ def test_accuracies_and_loss_equal_an_oracle():
     assert result["acc5"] == pytest.approx(100 * hits[:, :5].sum() / 20)
     assert result["loss"] == pytest.approx(-probabilities.log().mean().item(), rel=1e-6)
     assert 0 < result["acc1"] < result["acc5"] < 100
+    labels, top1 = data.labels.numpy(), hits[:, 0]
+    recalls = [top1[labels == label].mean() for label in np.unique(labels)]
+    assert result["balanced"] == pytest.approx(100 * np.mean(recalls))
 
 
 @pytest.mark.parametrize(("classes", "has_top5"), [(2, False), (5, False), (6, True)])
@@ -78,7 +81,7 @@ def _compare_with_one_process(rank: int, expected: list[tuple[dict, dict, float]
         for share in (True, False):
             result = scores(features(count, 6), share, rank)
             assert result.pop("loss") == pytest.approx(alone["loss"], rel=1e-12)
-            assert result == {name: alone[name] for name in ("acc1", "acc5")}
+            assert result == {name: alone[name] for name in ("acc1", "balanced", "acc5")}
         assert knn_accuracy(features(30, 6, seed=1), features(count, 6)) == knn
         if count == 1:
             with pytest.raises(UserError, match="1 images are too few to share among 2"):

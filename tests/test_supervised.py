@@ -110,7 +110,8 @@ def test_best_checkpoint_evaluates_to_the_best_accuracy_logged(script, flags, tm
     weights = ["--eval", "--resume", tmp_path / "out/checkpoint-best.pth", "--output_dir", ""]
     assert run_main(script, *flags, *weights) == 0
     line = capsys.readouterr().out.strip().splitlines()[-1]
-    assert f"top-1 {best['test_acc1']:.2f} %, loss {best['test_loss']:.4f}" in line
+    balanced = f"balanced {best['test_balanced']:.2f} %"
+    assert f"top-1 {best['test_acc1']:.2f} %, {balanced}, loss {best['test_loss']:.4f}" in line
 
 
 def test_knn_in_pretraining_equals_that_of_its_checkpoint(photos, tmp_path, capsys):
@@ -189,7 +190,8 @@ def test_two_processes_probe_and_share_the_evaluation(flags, tmp_path, capsys):
     assert run_main(
         main_linprobe, *flags, "--eval", "--resume", tmp_path / "out/checkpoint-last.pth"
     ) == 0  # fmt: skip
-    shown = f"top-1 {line['test_acc1']:.2f} %, loss {line['test_loss']:.4f}"
+    balanced = f"balanced {line['test_balanced']:.2f} %"
+    shown = f"top-1 {line['test_acc1']:.2f} %, {balanced}, loss {line['test_loss']:.4f}"
     assert shown in capsys.readouterr().out
 
 
@@ -228,7 +230,7 @@ def _one_class(root):
         (None, ["--finetune", "README.md"], ["README.md"]),
         (None, ["--model", "vit_small_patch16", "--input_size", 32], ["another architecture"]),
         (None, ["--eval", "--resume", "PRETRAINED"], ["another architecture", "it has no"]),
-        (None, ["--resume", "PRETRAINED"], ["another architecture"]),
+        (None, ["--resume", "PRETRAINED"], ["it has no", "--finetune, start from weights alone"]),
     ],
     ids=["no val", "classes", "one class", "count", "missing", "no file", "size", "eval", "resume"],
 )

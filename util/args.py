@@ -47,7 +47,7 @@ def common_flags() -> argparse.ArgumentParser:
         help="steps in a row to skip if loss or gradient are not finite; one more ends the run")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", required=True, help="a folder of images, of tar shards or of Parquet files; "
+    add("--data_path", help="a folder of images, of tar shards or of Parquet files; "
         "shards, such as 'shards/{000..127}.tar'; hf:NAME, a dataset of Hugging Face's; or digits "
         "(scikit-learn's, offline), cifar10, ... (torchvision's, downloaded into ./data)")
     add("--labels", default="", metavar="FILE.csv",
@@ -129,7 +129,14 @@ def supervised_flags() -> argparse.ArgumentParser:
         help="number of classes, which the data must have; if not given, the data's")
     add("--val_fraction", type=BELOW_1, default=0.0,
         help="share of the training images to validate on, instead of val/")
+    add("--class_weights", choices=("balanced",),
+        help="of the training loss: each class counts as much as any other, however many images")
     add("--eval", action="store_true", help="evaluate the weights of --resume, and stop")
+    add("--predict", default="", metavar="FOLDER", help="classify all images of a folder, shards, "
+        "... by the weights of --resume into --predictions, and stop")
+    add("--predictions", default="", metavar="FILE.csv",
+        help="with --eval: each image's file, class and five most probable classes")
+    add("--per_class", default="", metavar="FILE.csv", help="with --eval: each class's accuracy")
     add("--dist_eval", action="store_true",
         help="share the validation images among the processes; otherwise each evaluates all")
     return parser
@@ -230,6 +237,8 @@ def add_model(add: Callable, prefix: str) -> None:
 
 def check_common(args: argparse.Namespace) -> None:
     """Raises ValueError where flags of `common_flags` contradict each other or `--model`."""
+    if not args.data_path and not getattr(args, "predict", ""):
+        raise ValueError("the following arguments are required: --data_path")
     args.patch_size = patch = args.patch_size or patch_size(args.model)
     sides = height_width(args.input_size)
     if any(side % patch for side in sides):
@@ -297,8 +306,15 @@ def check_pretrain(args: argparse.Namespace) -> None:
 def check_supervised(args: argparse.Namespace) -> None:
     """Raises ValueError where flags of `supervised_flags` contradict each other."""
     check_common(args)
-    if args.eval and args.resume in ("", "auto"):
-        raise ValueError("--eval needs the weights to evaluate: --resume PATH or URL")
+    for flag in ("eval", "predict"):
+        if getattr(args, flag) and args.resume in ("", "auto"):
+            doing = {"eval": "to evaluate", "predict": "to predict by"}[flag]
+            raise ValueError(f"--{flag} needs the weights {doing}: --resume PATH or URL")
+    if args.predict and not args.predictions:
+        raise ValueError("--predict needs a file to write to: --predictions FILE.csv")
+    for flag in ("predictions", "per_class"):
+        if getattr(args, flag) and not (args.eval or (args.predict and flag == "predictions")):
+            raise ValueError(f"--{flag} is written with --eval")
 
 
 def check_finetune(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from util.data.images import read_image
 from util.data.labels import Labelled
 from util.data.members import of_split
 from util.data.shards import Shards, find_archives
-from util.data.source import SPLITS, Part, Source, extension_of
+from util.data.source import SPLITS, Part, Source, classes_of, extension_of, labels_of
 from util.data.tables import HUB, open_hub, open_parquet
 from util.data.transforms import build_transform
 from util.errors import UserError
@@ -93,13 +93,16 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> Dataset:
     return Transformed(open_dataset(args.data_path, is_train), build_transform(is_train, args))
 
 
-def open_dataset(data_path: str, train: bool, cache_dir: str = "", labels: str = "") -> Dataset:
+def open_dataset(
+    data_path: str, train: bool | None, cache_dir: str = "", labels: str = ""
+) -> Dataset:
     """A dataset of (PIL image, label) pairs; files are decoded when their pixels are needed.
 
     Args:
         data_path: a name of `NAMED`; `hf:NAME[:CONFIG]`; a folder of images, of archives or of
             Parquet files, with `train/` and `val/` (or others of `SPLITS`), or, for training, any;
             or archives by name, as `find_archives`. `./digits` is a folder, `digits` a name.
+        train: for training, or for validation; None takes all that is there, splits or not.
         cache_dir: where a large folder's list of files is kept for the next time; '' nowhere.
         labels: a table of the images' labels, as `Labelled`'s; '' for none.
     Raises:
@@ -109,7 +112,7 @@ def open_dataset(data_path: str, train: bool, cache_dir: str = "", labels: str =
         raise UserError(f"--labels is for a folder of images, and {data_path} has its own")
     if data_path in NAMED:
         try:
-            return NAMED[data_path](train)
+            return NAMED[data_path](train is not False)
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot get the dataset {data_path}: {error}") from None
     try:
@@ -130,7 +133,7 @@ def open_dataset(data_path: str, train: bool, cache_dir: str = "", labels: str =
     return dataset
 
 
-def _open_own(data_path: str, train: bool, cache_dir: str) -> Source:
+def _open_own(data_path: str, train: bool | None, cache_dir: str) -> Source:
     """What lies at a path, or is called by a name of the Hub's."""
     if data_path.startswith(HUB):
         return open_hub(data_path, train) or _no_split(data_path, train)
@@ -141,11 +144,12 @@ def _open_own(data_path: str, train: bool, cache_dir: str) -> Source:
         what = "is a file, not a folder" if root.exists() else "no such folder"
         raise UserError(f"--data_path {root}: {what}, nor a name: {', '.join(NAMED)}")
     split = find_split(root, train)
-    cache = Path(cache_dir) / f"files-{'train' if train else 'val'}" if cache_dir else None
+    names = {True: "files-train", False: "files-val", None: "files"}
+    cache = Path(cache_dir) / names[train] if cache_dir else None
     images = ImageFiles(split or root, cache and cache.with_suffix(".safetensors"))
     if images.archives:
         return _open_archives(images.archives, split or root, train, cache_dir, bool(split))
-    if split is None:
+    if split is None and train is not None:
         if not train:
             _no_split(root, train)
         if other := find_split(root, False):
@@ -153,21 +157,21 @@ def _open_own(data_path: str, train: bool, cache_dir: str) -> Source:
     return images
 
 
-def _no_split(where: str | Path, train: bool) -> NoReturn:
+def _no_split(where: str | Path, train: bool | None) -> NoReturn:
     names = ", ".join(f"{name}/" for name in SPLITS[train])
     other = "main_linprobe.py and main_finetune.py take --val_fraction 0.1 instead"
     raise UserError(f"--data_path {where}: none of {names} in it; {other}")
 
 
 def _open_archives(
-    paths: list[str], where: str | Path, train: bool, cache_dir: str, is_split: bool = False
+    paths: list[str], where: str | Path, train: bool | None, cache_dir: str, is_split: bool = False
 ) -> Source:
     """Archives or Parquet files; where their names tell splits, those of one."""
     kinds = sorted({extension_of(path) for path in paths})
     if len(kinds) > 1:
         both = f"holds {' and '.join(kinds)}: name those to use, such as '{where}/*{kinds[0]}'"
         raise UserError(f"--data_path {where}: {both}")
-    if not is_split:
+    if not is_split and train is not None:
         named, other = (of_split(paths, SPLITS[split]) for split in (train, not train))
         is_split, paths = bool(named), named or paths
         if other and not named:
@@ -176,7 +180,11 @@ def _open_archives(
             logger.warning(f"warning: no files named train in {where}: all are used")
     words = paths[0] if len(paths) == 1 else f"{len(paths):,} {kinds[0]} files of {where}"
     if kinds == [".parquet"]:
-        return open_parquet(paths, words) if train or is_split else _no_split(where, train)
+        return (
+            open_parquet(paths, words)
+            if train is not False or is_split
+            else _no_split(where, train)
+        )
     return Shards(paths, None if is_split else train, words, cache_dir)
 
 
@@ -199,45 +207,33 @@ def open_labelled(
             number than nb_classes; or as `open_dataset`.
     """
     train = open_dataset(data_path, True, cache_dir, labels)
-    _check_classes(train)
-    classes = _classes(train)
-    if len(classes) < 2:
-        where = "images must lie in two or more class folders, in train/CLASS/, or have --labels"
-        raise UserError(f"--data_path {data_path}: no classes to tell apart: {where}")
-    if nb_classes is not None and nb_classes != len(classes):
-        raise UserError(f"--nb_classes {nb_classes}: {data_path} has {len(classes)} classes")
+    check_classes(train, data_path, nb_classes)
+    classes = classes_of(train)
     if val_fraction:
         return *_hold_out(train, val_fraction), len(classes)
     val = open_dataset(data_path, False, cache_dir, labels)
-    _check_classes(val)
-    if classes != _classes(val):
-        odd = sorted(set(classes) ^ set(_classes(val)))
+    check_classes(val, data_path)
+    if odd := sorted(set(classes) ^ set(classes_of(val))):
         only = f"{len(odd)} are in one only: {', '.join(odd[:5])}"
         raise UserError(f"--data_path {data_path}: both splits must hold the same classes; {only}")
     return train, val, len(classes)
 
 
-def _check_classes(dataset: Dataset) -> None:
-    """Raises UserError where the labels of a data set cannot be believed."""
+def check_classes(dataset: Dataset, data_path: str, nb_classes: int | None = None) -> None:
+    """Raises UserError where labels cannot be believed, are of one class, or of another number."""
     if isinstance(dataset, Source) and (why := dataset.why_no_classes()):
         raise UserError(f"{dataset.where}: {why}")
-
-
-def _labels(dataset: Dataset) -> np.ndarray:
-    """Every image's label; torchvision's datasets have three names for them."""
-    names = ("targets", "labels", "_labels")
-    return np.asarray(next(getattr(dataset, name) for name in names if hasattr(dataset, name)))
-
-
-def _classes(dataset: Dataset) -> list[str]:
-    if hasattr(dataset, "classes"):
-        return list(dataset.classes)
-    return [str(label) for label in np.unique(_labels(dataset)).tolist()]
+    classes = len(classes_of(dataset))
+    if classes < 2:
+        where = "images must lie in two or more class folders, in train/CLASS/, or have --labels"
+        raise UserError(f"--data_path {data_path}: no classes to tell apart: {where}")
+    if nb_classes is not None and nb_classes != classes:
+        raise UserError(f"--nb_classes {nb_classes}: {data_path} has {classes} classes")
 
 
 def _hold_out(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     """Splits a dataset; each part gets at least one image of every class."""
-    labels = _labels(dataset)
+    labels = labels_of(dataset)
     shuffled = np.random.default_rng(0).permutation(len(labels))  # whatever --seed is
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):

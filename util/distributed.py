@@ -106,6 +106,14 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def max_over_ranks(number: int) -> int:
+    """The largest of all ranks' numbers."""
+    largest = torch.tensor(number)
+    if get_world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group)
+    return int(largest)
+
+
 def broadcast_buffers(model: torch.nn.Module) -> None:
     """Gives every rank rank 0's buffers, such as BatchNorm's statistics."""
     if get_world_size() > 1:

@@ -5,19 +5,17 @@ python -m util.export --checkpoint output_dir/checkpoint-49.pth --out vit.safete
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import timm
 import torch
-from torch import Tensor
 
 from util.args import Parser
 from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
+from util.encoders import timm_arguments
 from util.errors import UserError
 from util.run.checkpoint import load_published
 from util.run.launch import launch
-from util.sizes import SIZES, image_size, size_of
 from util.weights import check_same, encoder_part
 
 
@@ -27,31 +25,6 @@ def get_args_parser() -> Parser:
     parser.add_argument("--checkpoint", required=True, help=text)
     parser.add_argument("--out", default="vit.safetensors", help="the file to write")
     return parser
-
-
-def timm_arguments(weights: dict[str, Tensor], source: str, flags: dict[str, Any]) -> dict:
-    """The arguments of `timm.create_model` for an encoder's weights, trained with flags.
-
-    Raises:
-        UserError: they are of no size in `SIZES`, or have no position embeddings.
-    """
-    name = size_of(weights, source)
-    _, in_chans, patch, _ = weights["patch_embed.proj.weight"].shape
-    height, width = image_size(weights, source, flags)
-    arguments = {"model_name": f"vit_{name}_224", "num_classes": 0}
-    if not timm.is_model(arguments["model_name"]):
-        stock = SIZES["tiny_patch16"].encoder()
-        arguments["model_name"] = "vit_tiny_patch16_224"
-        arguments |= {k: v for k, v in SIZES[name].encoder().items() if v != stock[k]}
-    if patch != arguments.get("patch_size", SIZES[name].patch_size):
-        arguments["patch_size"] = patch
-    if (height, width) != (224, 224):
-        arguments["img_size"] = height if height == width else (height, width)
-    if in_chans != 3:
-        arguments["in_chans"] = in_chans
-    if "fc_norm.weight" in weights:
-        arguments["global_pool"] = "avg"
-    return arguments
 
 
 def main(args: argparse.Namespace) -> None:

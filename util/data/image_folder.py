@@ -14,7 +14,7 @@ from util.data.source import EXTENSIONS, SPLITS, SURE_SPLITS, Source, extension_
 logger = logging.getLogger(__name__)
 
 
-def find_split(root: Path, train: bool) -> Path | None:
+def find_split(root: Path, train: bool | None) -> Path | None:
     """The folder of a split, by its usual names."""
     with os.scandir(root) as entries:
         found = {e.name: e for e in entries if e.name.lower() in SPLITS[train] and e.is_dir()}

@@ -17,7 +17,7 @@ EXTENSIONS = frozenset((
     ".avif", ".avifs", ".npy",
 ))  # fmt: skip
 # Names of training's and of validation's images, in any case; the first one found is taken.
-SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation", "test")}
+SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation", "test"), None: ()}
 SURE_SPLITS = {"val", "validation", "test", "training"}
 
 
@@ -68,15 +68,27 @@ class Part(Subset):
 
     def __init__(self, dataset: Dataset, chosen: np.ndarray):
         super().__init__(dataset, np.flatnonzero(chosen))
-        self.groups = None
-        if isinstance(dataset, Source):
-            self.targets = dataset.targets[self.indices]
-            if dataset.groups is not None:
-                group = np.searchsorted(np.cumsum(dataset.groups), self.indices, side="right")
-                self.groups = np.bincount(group, minlength=len(dataset.groups))
+        self.targets, self.groups = labels_of(dataset)[self.indices], None
+        self.classes = classes_of(dataset)
+        if (groups := getattr(dataset, "groups", None)) is not None:
+            group = np.searchsorted(np.cumsum(groups), self.indices, side="right")
+            self.groups = np.bincount(group, minlength=len(groups))
 
     def name(self, index: int) -> str:
         return name_of(self.dataset, self.indices[index])
+
+
+def labels_of(dataset: Dataset) -> np.ndarray:
+    """Every image's label; torchvision's datasets have three names for them."""
+    names = ("targets", "labels", "_labels")
+    return np.asarray(next(getattr(dataset, name) for name in names if hasattr(dataset, name)))
+
+
+def classes_of(dataset: Dataset) -> list[str]:
+    """The names of its classes, or their numbers."""
+    if hasattr(dataset, "classes"):
+        return list(dataset.classes)
+    return [str(label) for label in np.unique(labels_of(dataset)).tolist()]
 
 
 def name_of(dataset: Dataset, index: int) -> str:

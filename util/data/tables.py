@@ -100,7 +100,7 @@ def open_parquet(paths: list[str], where: str) -> Table:
     return Table(rows, where)
 
 
-def open_hub(data_path: str, train: bool) -> Table | None:
+def open_hub(data_path: str, train: bool | None) -> Table | None:
     """`hf:NAME[:CONFIG]`, as `datasets.load_dataset` finds it; None if it lacks such a split.
 
     Raises:
@@ -113,7 +113,7 @@ def open_hub(data_path: str, train: bool) -> Table | None:
         tables = datasets.load_from_disk(name) if saved else {}
         splits = list(tables or datasets.get_dataset_split_names(name, config or None))
         chosen = next((split for split in SPLITS[train] if split in splits), None)
-        if chosen is None and train and len(splits) == 1:
+        if chosen is None and train is not False and len(splits) == 1:
             (chosen,) = splits
         if chosen is None:
             logger.info(f"{data_path} has {', '.join(splits)}")

@@ -21,7 +21,7 @@ OLD = RECIPES["release"] | {"augment": "ssl", "flip": None, "rotate90": False}
 INDIFFERENT = (
     "device", "num_workers", "pin_mem", "output_dir", "log_dir", "save_freq", "save_interval",
     "keep_last", "resume", "overwrite", "start_epoch", "compile", "world_size", "local_rank",
-    "dist_on_itp", "dist_url", "eval", "dist_eval", "eval_freq", "grad_checkpointing",
+    "dist_on_itp", "dist_url", "eval", "dist_eval", "eval_freq", "predict", "grad_checkpointing",
     "finetune", "init",
 )  # fmt: skip
 SCHEDULE = "the learning rate follows the new schedule from here on"

@@ -27,7 +27,7 @@ def claim_folder(args: argparse.Namespace) -> None:
             the flags neither resume nor replace, or --overwrite would remove the weights to start
             from.
     """
-    if vars(args).get("eval") or vars(args).get("knn"):  # they write nothing
+    if any(vars(args).get(name) for name in ("eval", "knn", "predict")):  # they write nothing
         return
     folders = [Path(name) for name in dict.fromkeys((args.output_dir, args.log_dir)) if name]
     for folder in folders:  # all, before one is made

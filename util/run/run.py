@@ -75,7 +75,8 @@ class Run:
         self._loader: DeviceLoader | None = None
         self._metrics: MetricLogger | None = None
         self._resumed: dict[str, Any] = {}
-        resume = "" if vars(args).get("eval") else args.resume  # which --eval reads by itself
+        weighs_up = vars(args).get("eval") or vars(args).get("predict")
+        resume = "" if weighs_up else args.resume  # else they read it by themselves
         self._source = self.folder / LAST if resume == "auto" else resume
         if resume == "auto" and not from_rank_zero(lambda: os.path.exists(self._source)):
             logger.info(f"no {self._source} yet: starting from the beginning")

@@ -1,0 +1,126 @@
+"""Embeddings as files: the encoder's own, of every image once, in any format."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import python, run_main, the_error
+from safetensors import safe_open
+
+import main_pretrain
+from util import embed
+from util.data.transforms import eval_transform
+from util.datasets import open_dataset
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "timm.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), path)
+    return path
+
+
+def embedded(weights: Path, data: Path | str, out: Path, *flags: object) -> int:
+    words = ["--checkpoint", weights, "--data_path", data, "--out", out, "--input_size", 32]
+    words += ["--device", "cpu", "--precision", "fp32", "--num_workers", 0, "--batch_size", 7]
+    return run_main(embed, *words, *flags)
+
+
+@pytest.fixture(scope="module")
+def expected(weights, photos) -> np.ndarray:
+    """By timm: cls and mean over patches of the 16 validation images."""
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
+    state = torch.load(weights)
+    positions = timm.layers.resample_abs_pos_embed(state["pos_embed"], (2, 2), antialias=False)
+    model.load_state_dict(state | {"pos_embed": positions})
+    images = open_dataset(str(photos), train=False)
+    pixels = torch.stack([eval_transform(32)(images[i][0]) for i in range(16)])
+    with torch.no_grad():
+        tokens = model.eval().forward_features(pixels)
+    return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).numpy()
+
+
+def read(path: Path) -> tuple[np.ndarray, list[str], list[str]]:
+    """Embeddings, files and labels."""
+    if path.suffix == ".npz":
+        found = np.load(path)
+        return found["embeddings"], found["files"].tolist(), found["labels"].tolist()
+    if path.suffix == ".csv":
+        rows = list(csv.reader(path.open()))[1:]
+        numbers = np.array([[float(word) for word in row[2:]] for row in rows])
+        return numbers, [row[0] for row in rows], [row[1] for row in rows]
+    if path.suffix == ".parquet":
+        table = pytest.importorskip("pyarrow.parquet").read_table(path)
+        numbers = np.array(table["embedding"].to_pylist())
+        return numbers, table["file"].to_pylist(), table["label"].to_pylist()
+    with safe_open(path, "np") as file:
+        classes = json.loads(file.metadata()["classes"])
+        labels = [classes[label] for label in file.get_tensor("labels")]
+        text, ends = file.get_tensor("files").tobytes(), file.get_tensor("files_ends").tolist()
+        starts = [0, *ends[:-1]]
+        files = [text[a:b].decode() for a, b in zip(starts, ends, strict=True)]
+        return file.get_tensor("embeddings"), files, labels
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".csv", ".parquet", ".safetensors"])
+def test_every_format_holds_timm_s_features(suffix, weights, photos, expected, tmp_path):
+    out = tmp_path / f"new/a{suffix}"
+    assert embedded(weights, photos / "val", out, "--pool", "both") == 0
+    numbers, files, labels = read(out)
+    np.testing.assert_allclose(numbers, expected, rtol=1e-3, atol=1e-4)
+    assert files == sorted(map(str, (photos / "val").glob("*/*.jpg")))
+    assert labels == [Path(file).parent.name for file in files]
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize(("pool", "part"), [("cls", slice(0, 192)), ("mean", slice(192, 384))])
+def test_either_pool_can_be_chosen(pool, part, weights, photos, expected, tmp_path):
+    assert embedded(weights, photos / "val", tmp_path / "a.npz", "--pool", pool) == 0
+    numbers = np.load(tmp_path / "a.npz")["embeddings"]
+    np.testing.assert_allclose(numbers, expected[:, part], rtol=1e-3, atol=1e-4)
+
+
+def test_processes_share_the_images(weights, photos, expected, tmp_path):
+    words = ["--checkpoint", weights, "--data_path", photos / "val", "--out", tmp_path / "a.npz"]
+    words += ["--input_size", 32, "--precision", "fp32", "--num_workers", 1, "--pool", "both"]
+    done = python("-m", "util.embed", *map(str, words), "--device", "cpu", processes=3)
+    assert done.returncode == 0, done.stderr
+    numbers, files, _ = read(tmp_path / "a.npz")
+    np.testing.assert_allclose(numbers, expected, rtol=1e-3, atol=1e-4)
+    assert files == sorted(files)
+
+
+def test_our_own_checkpoints_and_other_sources(flags, shards, photos, tmp_path):
+    assert run_main(main_pretrain, *flags, "--epochs", 1) == 0
+    weights = tmp_path / "out/checkpoint-last.pth"
+    for name, data in (("folder", photos / "train"), ("shards", shards / "train")):
+        words = ["--checkpoint", weights, "--data_path", data, "--out", tmp_path / f"{name}.npz"]
+        assert run_main(embed, *words, "--device", "cpu", "--num_workers", 0) == 0
+    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("folder", "shards"))
+    assert np.array_equal(one["embeddings"], two["embeddings"])
+    assert one["labels"].tolist() == two["labels"].tolist()
+    words = ["--checkpoint", weights, "--data_path", photos, "--out", tmp_path / "all.npz"]
+    assert run_main(embed, *words, "--device", "cpu", "--num_workers", 0) == 0
+    assert len(np.load(tmp_path / "all.npz")["embeddings"]) == 64
+    assert "labels" not in np.load(tmp_path / "all.npz")  # train and val are no classes
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [("a.txt", "must end in .npz, .csv, .parquet, .safetensors"), (".", "must end in")],
+)
+def test_bad_names_of_files_are_one_line(out, words, weights, photos, tmp_path, capsys):
+    assert embedded(weights, photos, tmp_path / out) == 1
+    assert words in the_error(capsys.readouterr().err)
+
+
+def test_what_cannot_be_written_leaves_nothing(weights, photos, tmp_path, capsys):
+    (tmp_path / "a.npz").mkdir()
+    assert embedded(weights, photos / "val", tmp_path / "a.npz") == 1
+    assert "cannot write" in the_error(capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]

@@ -1,0 +1,131 @@
+"""What a classifier says of images, and how often it is right about each class, as CSV files."""
+
+import csv
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from util.data.source import labels_of, name_of
+from util.distributed import from_rank_zero, gather_rows
+from util.errors import UserError
+
+TOP = 5  # classes of each image
+TOP5_CLASSES = 6  # with fewer, the five best are all classes, or all but one
+
+
+See = Callable[[Tensor], None]  # what looks at each batch's logits
+
+
+@dataclass
+class Tally:
+    """Counts of an evaluation, over all processes: K classes.
+
+    Attributes:
+        loss: summed over images.
+        top5: images whose class is among the five best.
+        hits, images: [K], by true class: those whose class is the best one, and all.
+    """
+
+    loss: float
+    top5: float
+    hits: Tensor
+    images: Tensor
+
+    def scores(self) -> dict[str, float]:
+        """Mean loss; in percent top-1, its mean over classes (balanced), and from 6 on top-5."""
+        total = self.images.sum().item()
+        found = {"loss": self.loss / total, "acc1": 100 * self.hits.sum().item() / total}
+        present = self.images > 0
+        found["balanced"] = 100 * (self.hits[present] / self.images[present]).mean().item()
+        if len(self.images) >= TOP5_CLASSES:
+            found["acc5"] = 100 * self.top5 / total
+        return found
+
+    def write(self, path: str, classes: list[str]) -> None:
+        """Each class's number of images and accuracy in percent, as a CSV."""
+        rows = zip(classes, self.images.tolist(), self.hits.tolist(), strict=True)
+        shares = ([c, int(n), f"{100 * hits / n:.2f}" if n else ""] for c, n, hits in rows)
+        write_csv(path, ["class", "images", "accuracy"], shares)
+
+
+class Predictions:
+    """The five most probable classes of every image of a dataset.
+
+    Args:
+        share: whether each process has seen only its share of the images.
+        labelled: whether the dataset's labels are to be written, too.
+    """
+
+    def __init__(self, dataset: Dataset, classes: list[str], share: bool, labelled: bool = True):
+        self.dataset, self.classes, self.share, self.labelled = dataset, classes, share, labelled
+        self._labels = labels_of(dataset) if labelled else None
+        self._rows: list[Tensor] = []
+
+    def add(self, logits: Tensor) -> None:
+        """A batch, [N, K]."""
+        best = logits.float().softmax(dim=1).topk(min(TOP, logits.shape[1]))
+        self._rows.append(torch.cat([best.values, best.indices.float()], dim=1).cpu())
+
+    def write(self, path: str) -> None:
+        """Writes them on rank 0, as a CSV; every rank calls it."""
+        rows = torch.cat(self._rows)
+        rows = gather_rows(rows, len(self.dataset)) if self.share else rows
+        values, numbers = rows.chunk(2, dim=1)
+        header = ["file", *["label"] * self.labelled]
+        for place in range(1, values.shape[1] + 1):
+            header += [f"class_{place}", f"probability_{place}"]
+        found = zip(values.tolist(), numbers.int().tolist(), strict=True)
+        from_rank_zero(lambda: write_csv(path, header, map(self._row, range(len(rows)), found)))
+
+    def _row(self, index: int, found: tuple[list[float], list[int]]) -> list[str]:
+        label = [self.classes[self._labels[index]]] if self.labelled else []
+        best = zip(*found, strict=True)
+        words = [word for p, number in best for word in (self.classes[number], f"{p:.4f}")]
+        return [name_of(self.dataset, index), *label, *words]
+
+
+def write_csv(path: str, header: list[str], rows: Iterable[list]) -> None:
+    """Writes a table, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", newline="", errors="surrogateescape") as file:
+            csv.writer(file).writerows([header])
+            csv.writer(file).writerows(rows)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def match_classes(dataset: Dataset, theirs: list[str], ours: list[str], source: str) -> None:
+    """Gives a dataset's labels the order of a classifier's classes.
+
+    Raises:
+        UserError: they are others.
+    """
+    if theirs == ours:
+        return
+    if odd := sorted(set(theirs) ^ set(ours)):
+        where = [f"{name} ({'the data' if name in ours else source})" for name in odd[:TOP]]
+        raise UserError(f"{len(odd)} classes are in one only: {', '.join(where)}")
+    base = getattr(dataset, "dataset", dataset)  # of which it may be a part
+    order = np.array([*map(theirs.index, ours), -1], np.int32)
+    for part in {id(data): data for data in (base, dataset)}.values():
+        part.targets, part.classes = order[labels_of(part)], theirs
+
+
+def balanced_weights(labels: np.ndarray, classes: int) -> Tensor:
+    """[K] weights with which each class counts as much as any other; 1 on average over images."""
+    counts = np.bincount(labels, minlength=classes)
+    return torch.from_numpy(counts.sum() / (classes * np.maximum(counts, 1))).float()
