@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
-from common import describe_machine, measure, table
+from common import SECONDS, describe_machine, measure, table
 from PIL import Image, ImageFile
 from sklearn.datasets import load_sample_images
 from torch.utils.data import default_collate
@@ -51,7 +51,7 @@ FILES = [(500, 375, 94), (1600, 1200, 75), (32, 32, 94)]
 IMAGES = 16  # different crops and parameters, averaged in each measurement
 CPU = torch.device("cpu")
 VIEW = 224  # pixels, or a smaller file's own
-ROUNDS = 10  # of a profile
+ROUNDS = 10 if SECONDS else 1  # of a profile
 
 RECIPE, KORNIA, CROPS, ALL, DECODE = (
     "torchvision's recipe",

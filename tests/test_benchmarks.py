@@ -22,6 +22,6 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_it_runs(command):
     name, *flags = command.split()
-    result = python(ROOT / "benchmarks" / name, *flags, timeout=600)  # beside other suites
+    result = python(ROOT / "benchmarks" / name, *flags, timeout=600, BENCHMARK_SECONDS="0")
     assert result.returncode == 0, result.stderr
     assert COMMANDS[command] in result.stdout

@@ -95,7 +95,8 @@ class EpochSampler(Sampler):
         groups: np.ndarray | None = None,
         window: int = 0,
     ):
-        self.length, self.seed, self.groups, self.window = len(dataset), seed, groups, window
+        self.length, self.seed, self.groups = len(dataset), seed, groups
+        self.window = min(window, self.length)
         self.rank, self.num_replicas = get_rank(), get_world_size()
         global_step = per_step * self.num_replicas
         steps = self.length // global_step
