@@ -110,3 +110,95 @@ def test_what_is_no_encoder_is_refused(spoil, words, tmp_path, capsys):
 def test_other_suffixes_are_refused(tmp_path, capsys):
     assert run_main(export, "--checkpoint", "c.pth", "--out", tmp_path / "x.pth") == 1
     assert "must end in .safetensors" in the_error(capsys.readouterr().err)
+
+
+def folder_of(state: dict, tmp_path, *flags: object):
+    """What the export makes of a checkpoint, as a folder."""
+    save({"epoch": 0} | state, tmp_path / "c.pth")
+    words = ["--checkpoint", tmp_path / "c.pth", "--out", tmp_path / "made/vit", *flags]
+    assert run_main(export, *words) == 0
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["vit"]
+    return tmp_path / "made/vit"
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "cls", "pooled", "probe", "pooled probe"])
+def test_timm_opens_the_folder_by_itself(kind, tmp_path):
+    torch.manual_seed(0)
+    pixels = {"in_chans": 3, "pixel_mean": [0.1, 0.2, 0.3], "pixel_std": [0.4, 0.5, 0.6]}
+    state = {"args": pixels | {"resize": "crop", "global_pool": "pooled" in kind}}
+    if kind == "pretrained":
+        model = mae_vit_tiny_patch4(img_size=16)
+    elif "probe" in kind:
+        model = probe("vit_tiny_patch4", 16, *["--global_pool"] * ("pooled" in kind))
+        torch.nn.init.normal_(model.head[0].running_mean)
+        torch.nn.init.uniform_(model.head[0].running_var, 0.5, 2.0)
+    else:
+        model = vit_tiny_patch4(img_size=16, num_classes=3, global_pool=kind == "pooled")
+    images = fill((2, 3, 16, 16), 5, 1.5)
+    state |= {"model": model.state_dict(), "classes": ["cat", "dog", "eel"]}
+    theirs = timm.create_model(f"local-dir:{folder_of(state, tmp_path)}", pretrained=True).eval()
+    if kind == "pretrained":
+        ours = probe("vit_tiny_patch4", 16)
+        load_encoder(ours, model.state_dict(), "x")
+        expected = ours.eval().features(images)
+        assert theirs.num_classes == 0
+    else:
+        expected = model.eval()(images)
+        assert theirs.pretrained_cfg["label_names"] == ["cat", "dog", "eel"]
+    torch.testing.assert_close(theirs(images), expected, rtol=1e-4, atol=1e-5)
+    config = timm.data.resolve_model_data_config(theirs)
+    assert (list(config["mean"]), list(config["std"])) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    assert (tuple(config["input_size"]), config["crop_pct"]) == ((3, 16, 16), 0.875)
+    assert config["interpolation"] == "bicubic"
+
+
+def test_transformers_opens_an_encoder(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="it is needed here alone")
+    torch.manual_seed(0)
+    model = mae_vit_tiny_patch4(img_size=16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    folder = folder_of({"model": model.state_dict()}, tmp_path, "--format", "transformers")
+    theirs = transformers.ViTModel.from_pretrained(folder).eval()
+    images = fill((2, 3, 16, 16), 5, 1.5)
+    ours = vit_tiny_patch4(img_size=16, num_classes=0).eval()
+    load_encoder(ours, model.state_dict(), "x")
+    found = theirs(images).last_hidden_state
+    torch.testing.assert_close(found, ours.forward_features(images), rtol=0, atol=1e-5)
+
+
+def test_transformers_opens_a_masked_autoencoder(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="it is needed here alone")
+    torch.manual_seed(0)
+    model = mae_vit_tiny_patch4(img_size=16, noise_loss=False).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    flags = {"noise_loss": False, "mask_ratio": 0.5, "norm_pix_loss": False}
+    state = {"model": model.state_dict(), "args": flags}
+    folder = folder_of(state, tmp_path, "--format", "transformers")
+    theirs = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
+    images = fill((2, 3, 16, 16), 5, 1.5)
+    noise = torch.rand(2, 16)
+    original, torch.rand = torch.rand, lambda *a, **k: noise.clone()
+    try:
+        ours = model(images, mask_ratio=0.5)
+    finally:
+        torch.rand = original
+    found = theirs(images, noise=noise)
+    torch.testing.assert_close(found.mask, ours["mask"])
+    torch.testing.assert_close(found.logits, ours["pred"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--out", "a.safetensors", "--format", "transformers"], "writes a folder"),
+        (["--out", "FULL"], "is not empty"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(flags, words, tmp_path, capsys):
+    save({"model": mae_vit_tiny_patch4(img_size=16).state_dict(), "epoch": 0}, tmp_path / "c.pth")
+    flags = [tmp_path if word == "FULL" else word for word in flags]
+    assert run_main(export, "--checkpoint", tmp_path / "c.pth", *flags) == 1
+    assert words in the_error(capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pth"]

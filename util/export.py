@@ -1,55 +1,201 @@
-"""The encoder of a checkpoint, as a file that timm's own ViT loads.
+"""The encoder of a checkpoint, for timm and for Hugging Face's transformers.
 
 python -m util.export --checkpoint output_dir/checkpoint-49.pth --out vit.safetensors
+python -m util.export --checkpoint output_dir/checkpoint-49.pth --out vit
+python -m util.export --checkpoint output_dir/checkpoint-49.pth --out vit --format transformers
 """
 
 import argparse
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import timm
 import torch
+from torch import Tensor
 
 from util.args import Parser
 from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from util.encoders import timm_arguments
 from util.errors import UserError
+from util.layouts import to_hugging_face
 from util.run.checkpoint import load_published
 from util.run.launch import launch
+from util.sizes import SIZES, image_size, size_of
 from util.weights import check_same, encoder_part
+
+NORM_EPS, PROBE_EPS = 1e-6, 1e-6  # of the encoder's norms, and of the probe's BatchNorm
 
 
 def get_args_parser() -> Parser:
     parser = Parser(prog="util.export", description="Write a checkpoint's encoder for timm")
-    text = "path or URL; pretrained, probed or fine-tuned"
+    text = "path or URL; pretrained, probed or fine-tuned, of any layout that --init takes"
     parser.add_argument("--checkpoint", required=True, help=text)
-    parser.add_argument("--out", default="vit.safetensors", help="the file to write")
+    text = "a .safetensors file, of the encoder; or a folder, with the classifier if there is one"
+    parser.add_argument("--out", default="vit.safetensors", help=text)
+    text = "what opens the folder: timm (local-dir:FOLDER), or ViTModel and ViTMAEForPreTraining"
+    parser.add_argument("--format", choices=("timm", "transformers"), default="timm", help=text)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    if not args.out.endswith(".safetensors"):
-        raise UserError(f"--out {args.out}: the name must end in .safetensors")
+    as_file = args.out.endswith(".safetensors")
+    if Path(args.out).suffix in (".pth", ".pt", ".bin", ".onnx", ".ckpt"):
+        raise UserError(f"--out {args.out}: a file's name must end in .safetensors")
+    if as_file and args.format != "timm":
+        raise UserError(f"--out {args.out}: --format {args.format} writes a folder")
     state = load_published(args.checkpoint)
-    flags = state.get("args", {})
-    weights, _ = encoder_part(state["model"])
-    arguments = timm_arguments(weights, args.checkpoint, flags)
-    with torch.device("meta"):
-        model = timm.create_model(**arguments)
-    check_same(model.state_dict(), weights, args.checkpoint)
-    temporary = Path(args.out + ".tmp")
+    write = write_file if as_file else {"timm": write_timm}.get(args.format, write_transformers)
+    temporary = Path(f"{args.out}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, temporary)
+        if not as_file:
+            if Path(args.out).is_dir() and any(Path(args.out).iterdir()):
+                raise UserError(f"--out {args.out} is not empty")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        words = write(temporary, args.out, state, args.checkpoint)
         temporary.replace(args.out)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {args.out}: {error}") from None
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+    print(f"{args.out}: {words}, on images {input_words(Pixels.of(state.get('args', {})))}")
+
+
+def write_file(path: Path, out: str, state: dict[str, Any], source: str) -> str:
+    """The encoder alone; returns how to load it."""
+    weights, _ = encoder_part(state["model"])
+    arguments = timm_arguments(weights, source, state.get("args", {}))
+    with torch.device("meta"):
+        model = timm.create_model(**arguments)
+    check_same(model.state_dict(), weights, source)
+    safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, path)
     words = [repr(arguments.pop("model_name"))] + [f"{k}={v!r}" for k, v in arguments.items()]
-    print(
-        f"{args.out}: {len(weights)} tensors; load with timm.create_model("
-        f"{', '.join(words)}, checkpoint_path={args.out!r}), "
-        f"on images {input_words(Pixels.of(flags))}"
+    call = f"timm.create_model({', '.join(words)}, checkpoint_path={out!r})"
+    return f"{len(weights)} tensors; load with {call}"
+
+
+def write_timm(path: Path, out: str, state: dict[str, Any], source: str) -> str:
+    """A folder with weights, architecture and preprocessing, by timm's own `save_for_hf`."""
+    flags = state.get("args", {})
+    weights, _ = encoder_part(state["model"])
+    arguments = timm_arguments(weights, source, flags)
+    head = classifier(state["model"])
+    if head:
+        weights |= head
+        arguments["num_classes"] = len(head["head.bias"])
+        if flags.get("global_pool") and "fc_norm.weight" not in weights:  # a probe's
+            arguments |= {"global_pool": "avg", "fc_norm": False}
+    model = timm.create_model(**arguments)
+    check_same(model.state_dict(), weights, source)
+    model.load_state_dict(weights)
+    pixels, (height, width) = Pixels.of(flags), image_size(weights, source, flags)
+    model.pretrained_cfg |= {
+        "input_size": (pixels.in_chans, height, width),
+        "mean": pixels.mean,
+        "std": pixels.std,
+        "crop_pct": 224 / 256 if max(height, width) <= 224 else 1.0,  # as in `eval_transform`
+        "crop_mode": {"squash": "squash", "pad": "border"}.get(flags.get("resize"), "center"),
+        "interpolation": "bicubic",
+        "num_classes": arguments["num_classes"],
+        "fixed_input_size": True,
+    }
+    names = state.get("classes") if head else None
+    model_args = {k: v for k, v in arguments.items() if k not in ("model_name", "num_classes")}
+    timm.models.save_for_hf(
+        model,
+        path,
+        model_config={"label_names": names} if names else {},
+        model_args=model_args,
+        safe_serialization=True,
     )
+    what = f"a classifier of {arguments['num_classes']} classes" if head else "an encoder"
+    return f"{what}; load with timm.create_model('local-dir:{out}', pretrained=True)"
+
+
+def classifier(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a head as one linear layer; a probe's standardisation becomes part of it."""
+    if "head.weight" in weights:
+        return {f"head.{kind}": weights[f"head.{kind}"] for kind in ("weight", "bias")}
+    if "head.1.weight" not in weights:
+        return {}
+    scale = (weights["head.0.running_var"] + PROBE_EPS).rsqrt()
+    matrix = weights["head.1.weight"] * scale
+    bias = weights["head.1.bias"] - matrix @ weights["head.0.running_mean"]
+    return {"head.weight": matrix, "head.bias": bias}
+
+
+def write_transformers(path: Path, out: str, state: dict[str, Any], source: str) -> str:
+    """A folder for ViTModel, or for ViTMAEForPreTraining of what was pretrained without noise."""
+    flags = state.get("args", {})
+    weights, others = encoder_part(state["model"])
+    arguments = timm_arguments(weights, source, flags)
+    with torch.device("meta"):
+        model = timm.create_model(**arguments)
+    if "fc_norm.weight" in weights:
+        raise UserError(f"{source} normalises after pooling, which ViTModel does not: use timm")
+    check_same(model.state_dict(), weights, source)
+    size, (height, width) = model.patch_embed, image_size(weights, source, flags)
+    config = {
+        "model_type": "vit",
+        "architectures": ["ViTModel"],
+        "hidden_size": model.embed_dim,
+        "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": model.blocks[0].attn.num_heads,
+        "intermediate_size": model.blocks[0].mlp.fc1.out_features,
+        "hidden_act": "gelu",
+        "layer_norm_eps": NORM_EPS,
+        "qkv_bias": True,
+        "image_size": height if height == width else [height, width],
+        "patch_size": size.patch_size[0],
+        "num_channels": size.proj.in_channels,
+    }
+    tensors = to_hugging_face(weights)
+    if "decoder" in others and flags.get("noise_loss") is False:
+        tensors = {f"vit.{name}": tensor for name, tensor in tensors.items()}
+        tensors |= decoder_of(state["model"])
+        config |= decoder_config(state["model"], flags)
+    (path / "config.json").write_text(json.dumps(config, indent=1))
+    pixels = Pixels.of(flags)
+    preprocessing = {"do_normalize": True, "image_mean": pixels.mean, "image_std": pixels.std}
+    preprocessing |= {"image_processor_type": "ViTImageProcessor", "resample": 3}
+    preprocessing |= {"size": {"height": height, "width": width}}
+    (path / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=1))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    name = config["architectures"][0]
+    return f"{len(tensors)} tensors; load with transformers.{name}.from_pretrained({out!r})"
+
+
+def decoder_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """MAE's decoder under Hugging Face's names."""
+    found = {n.removeprefix("decoder_"): t for n, t in weights.items() if "decoder_blocks" in n}
+    blocks = to_hugging_face(found)
+    renamed = {f"decoder.decoder_{n.removeprefix('encoder.')}": t for n, t in blocks.items()}
+    renamed = {name.replace("decoder_layer.", "decoder_layers."): t for name, t in renamed.items()}
+    rest = ("decoder_embed.", "decoder_norm.", "decoder_pred.", "decoder_pos_embed", "mask_token")
+    return renamed | {f"decoder.{n}": t for n, t in weights.items() if n.startswith(rest)}
+
+
+def decoder_config(weights: dict[str, Tensor], flags: dict[str, Any]) -> dict[str, Any]:
+    size = SIZES[size_of(weights, "the checkpoint")]
+    return {
+        "model_type": "vit_mae",
+        "architectures": ["ViTMAEForPreTraining"],
+        "decoder_hidden_size": weights["decoder_embed.weight"].shape[0],
+        "decoder_num_hidden_layers": sum(
+            "decoder_blocks" in n and "qkv.weight" in n for n in weights
+        ),
+        "decoder_num_attention_heads": size.decoder_num_heads,
+        "decoder_intermediate_size": weights["decoder_blocks.0.mlp.fc1.weight"].shape[0],
+        "mask_ratio": flags.get("mask_ratio", 0.75),
+        "norm_pix_loss": bool(flags.get("norm_pix_loss")),
+    }
 
 
 def input_words(pixels: Pixels) -> str:
