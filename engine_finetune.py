@@ -13,12 +13,12 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from util.data.loader import DeviceLoader, eval_loader, to_device
+from util.data.loader import DeviceLoader, eval_loader, to_device, train_loader
 from util.data.order import SeededDataset
 from util.data.source import classes_of, labels_of
 from util.data.survey import inherit_pixels, settle_pixels
 from util.data.transforms import eval_transform_of
-from util.datasets import check_classes, open_dataset, open_labelled
+from util.datasets import check_classes, held_out, open_dataset, open_labelled
 from util.distributed import (
     broadcast_buffers,
     from_rank_zero,
@@ -26,9 +26,12 @@ from util.distributed import (
     max_over_ranks,
     sum_over_ranks,
 )
+from util.features import Features, encode
+from util.layouts import settle_grid
 from util.misc import seed_all
 from util.precision import Precision
 from util.predictions import TOP, Predictions, See, Tally, balanced_weights, match_classes
+from util.probe_grid import HELD_OUT, GridHeads, both_pools
 from util.run.checkpoint import load, load_published
 from util.run.interrupt import Poll, polled
 from util.run.logs import describe_run, log_to_console
@@ -74,6 +77,9 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
     weighs_up = args.eval or args.predict  # trained weights, without more training
     source = args.resume if weighs_up else args.finetune
     state = (load if weighs_up else load_published)(source) if source else {}
+    if weighs_up:
+        state = settle_grid(state)
+        args.global_pool = state.get("args", {}).get("global_pool", args.global_pool)
     inherit_pixels(args, state.get("args", {}), source)
     train, val, run.classes = from_rank_zero(lambda: open_images(args, state))
     run.data = settle_pixels(args, **{"train": train} if train else {}, val=val)
@@ -288,4 +294,37 @@ def fit(
         logger.info(f"epoch {epoch}: {summary(scores)}; best top-1 {best:.2f} %")
         training.log.add_epoch(epoch, stats, {f"test_{name}": v for name, v in scores.items()})
         run.save(epoch, score=scores["acc1"])
+    training.log.close()
+
+
+def fit_grid(task: Task) -> None:
+    """`--blr auto`: trains a grid of probes, chooses one by held-out images, and evaluates that."""
+    run, args, precision = task.run, task.run.args, task.precision
+    classes, device = len(run.classes), precision.device
+    encoder = both_pools(task.model)
+    train, val = (encode(encoder, part, args, precision) for part in (task.train, task.val))
+    held = torch.from_numpy(held_out(train.labels.cpu().numpy(), HELD_OUT)).to(device)
+    rest = Features(train.features[~held], train.labels[~held]).cpu()
+    task.model.head = heads = GridHeads(task.model.embed_dim, classes).to(device)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=args.lr, momentum=0.9)
+    run.resume(task.model, optimizer=optimizer, scaler=precision.scaler)
+    loader = train_loader(rest, args, device, num_workers=0)
+    training = Training(heads, loader, optimizer, precision, args, run)
+    describe_run(args, heads, precision, training.steps)
+    weights = task.class_weights()
+    for epoch in range(run.epoch, args.epochs):
+        for batch in training.batches(epoch):
+            inputs, labels = to_device(batch, device)
+            logits = training.model(inputs)
+            training.backward({"loss": heads.loss(logits, labels, weights)})
+        broadcast_buffers(heads)
+        grid = heads.accuracies(train.features[held], train.labels[held])
+        heads.chosen.fill_(grid.argmax())
+        scores = heads.tally(val.features, val.labels).scores()
+        name = f"{heads.name(heads.chosen)} (held out: {grid.max():.2f} %)"
+        logger.info(f"epoch {epoch}: {summary(scores)}; chosen: {name}")
+        tests = {f"test_{key}": value for key, value in scores.items()}
+        tests |= {f"grid_{heads.name(i)}": value for i, value in enumerate(grid.tolist())}
+        training.log.add_epoch(epoch, training.means(), tests)
+        run.save(epoch, score=grid.max().item())
     training.log.close()

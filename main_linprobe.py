@@ -13,13 +13,13 @@ import util.parents  # isort: skip  # noqa: F401 (before torch, see there)
 import argparse
 import logging
 
-from engine_finetune import fit, report, set_up
+from engine_finetune import fit, fit_grid, report, set_up
 from model_vit import build_probe
 from util.args import linprobe_parser as get_args_parser
 from util.data.loader import eval_loader, train_loader
 from util.data.order import SeededDataset
 from util.data.transforms import probe_transform_of
-from util.features import encode, encoder_knn
+from util.features import encode, knn_accuracies
 from util.lars import LARS
 from util.run.launch import launch, session
 from util.run.training import Training
@@ -32,11 +32,15 @@ def main(args: argparse.Namespace) -> None:
     task = set_up(args, build_probe)
     model, precision, device = task.model, task.precision, task.precision.device
     if args.knn:
-        accuracy = encoder_knn(model.features, task.train, task.val, args, precision)
-        logger.info(f"kNN top-1 {accuracy:.2f} %")
+        parts = (encode(model.features, part, args, precision) for part in (task.train, task.val))
+        for k, accuracy in knn_accuracies(*parts).items():
+            logger.info(f"kNN top-1 {accuracy:.2f} % with k = {k}")
         return
     if args.eval or args.predict:
         report(task)
+        return
+    if args.grid:
+        fit_grid(task)
         return
 
     optimizer = LARS(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)

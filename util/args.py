@@ -16,6 +16,7 @@ from util.parser import (
     Parser,
     Sides,
     number,
+    or_word,
 )
 from util.recipes import recipe_flags, resolve_recipe
 from util.sizes import SIZES, height_width, patch_size
@@ -218,6 +219,10 @@ def linprobe_parser() -> Parser:
     parser = Parser(description="Linear probing, and kNN", parents=shared, check=check_linprobe)
     parser.set_defaults(batch_size=512, epochs=90, weight_decay=0.0, blr=0.1, min_lr=0.0)
     parser.set_defaults(warmup_epochs=10)
+    (blr,) = (action for action in parser._actions if action.dest == "blr")
+    blr.type, blr.metavar = or_word(AMOUNT, "auto"), "BLR|auto"
+    blr.help += "; auto: 13 at once, on the cls token and on the mean over patches, of which a "
+    blr.help += "tenth of the training images chooses the best; with --cache_features"
 
     add = parser.add_argument_group("probe").add_argument
     add("--cache_features", action="store_true",
@@ -334,6 +339,11 @@ def check_finetune(args: argparse.Namespace) -> None:
 def check_linprobe(args: argparse.Namespace) -> None:
     """Raises ValueError for what cannot be probed."""
     check_supervised(args)
+    args.grid = args.blr == "auto"
+    if args.grid:
+        args.blr, args.cache_features = 1.0, True
+        if args.lr is not None:
+            raise ValueError("--blr auto chooses the learning rate: it takes no --lr")
     if args.knn and (args.eval or args.resume):
         raise ValueError("--knn trains nothing: it takes --finetune, not --eval or --resume")
     if args.batch_size == 1:

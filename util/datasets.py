@@ -210,7 +210,8 @@ def open_labelled(
     check_classes(train, data_path, nb_classes)
     classes = classes_of(train)
     if val_fraction:
-        return *_hold_out(train, val_fraction), len(classes)
+        held = held_out(labels_of(train), val_fraction)
+        return Part(train, ~held), Part(train, held), len(classes)
     val = open_dataset(data_path, False, cache_dir, labels)
     check_classes(val, data_path)
     if odd := sorted(set(classes) ^ set(classes_of(val))):
@@ -231,13 +232,12 @@ def check_classes(dataset: Dataset, data_path: str, nb_classes: int | None = Non
         raise UserError(f"--nb_classes {nb_classes}: {data_path} has {classes} classes")
 
 
-def _hold_out(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """Splits a dataset; each part gets at least one image of every class."""
-    labels = labels_of(dataset)
+def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
+    """[M] of bool, the same ones every time; each part gets at least one image of every class."""
     shuffled = np.random.default_rng(0).permutation(len(labels))  # whatever --seed is
-    held_out = np.zeros(len(labels), bool)
+    chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held_out[members[:count]] = True
-    return Part(dataset, ~held_out), Part(dataset, held_out)
+        chosen[members[:count]] = True
+    return chosen

@@ -4,7 +4,7 @@ Shapes: M images, D feature width, k neighbours.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +77,14 @@ def encode(
 
 
 def knn_accuracy(train: Features, val: Features, k: int = NEIGHBOURS) -> float:
-    """Top-1 accuracy in percent; each neighbour votes with exp(cosine similarity / 0.07).
+    """Top-1 accuracy in percent; as `knn_accuracies`."""
+    return knn_accuracies(train, val, (k,))[k]
+
+
+def knn_accuracies(
+    train: Features, val: Features, ks: Sequence[int] = (1, 5, NEIGHBOURS)
+) -> dict[int, float]:
+    """Top-1 accuracies in percent; each neighbour votes with exp(cosine similarity / 0.07).
 
     The processes share the images of `val`; k is lowered to the number of images in `train`.
     """
@@ -85,13 +92,16 @@ def knn_accuracy(train: Features, val: Features, k: int = NEIGHBOURS) -> float:
     share = slice(get_rank(), None, get_world_size())
     queries, answers = F.normalize(val.features[share], dim=1), val.labels[share]
     classes = int(train.labels.max()) + 1
-    correct = torch.zeros((), dtype=torch.int64, device=reference.device)
+    correct = torch.zeros(len(ks), dtype=torch.int64, device=reference.device)
     for query, answer in zip(queries.split(CHUNK), answers.split(CHUNK), strict=True):
-        nearest = (query @ reference.T).topk(min(k, len(reference)))
-        votes = query.new_zeros(len(query), classes)
-        votes.scatter_add_(1, train.labels[nearest.indices], (nearest.values / TEMPERATURE).exp())
-        correct += (votes.argmax(dim=1) == answer).sum()
-    return 100 * sum_over_ranks(correct).item() / len(val)
+        nearest = (query @ reference.T).topk(min(max(ks), len(reference)))
+        labels, weights = train.labels[nearest.indices], (nearest.values / TEMPERATURE).exp()
+        for i, k in enumerate(ks):
+            votes = query.new_zeros(len(query), classes)
+            votes.scatter_add_(1, labels[:, :k], weights[:, :k])
+            correct[i] += (votes.argmax(dim=1) == answer).sum()
+    shares = (100 * sum_over_ranks(correct) / len(val)).tolist()
+    return dict(zip(ks, shares, strict=True))
 
 
 def encoder_knn(

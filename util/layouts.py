@@ -101,6 +101,22 @@ def _below(
     return convert(ours)
 
 
+def settle_grid(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of `--blr auto`, whose head is a grid of heads, as one of the chosen head."""
+    model = state["model"]
+    if "head.chosen" not in model or model["head.chosen"] < 0:
+        return state
+    head, (heads, _, width) = int(model["head.chosen"]), model["head.weight"].shape
+    pool, scale = head // (heads // 2), model["head.scale"][head]
+    part = slice(pool * width, (pool + 1) * width)
+    kept = {name: tensor for name, tensor in model.items() if not name.startswith("head.")}
+    kept |= {f"head.0.running_{k}": model[f"head.norm.running_{k}"][part] for k in ("mean", "var")}
+    kept["head.0.num_batches_tracked"] = model["head.norm.num_batches_tracked"]
+    kept |= {f"head.1.{kind}": model[f"head.{kind}"][head] * scale for kind in ("weight", "bias")}
+    flags = state.get("args", {}) | {"global_pool": bool(pool)}
+    return state | {"model": kept, "args": flags}
+
+
 def from_hugging_face(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of ViTModel, ViTMAEModel, ViTMAEForPreTraining, ViTForImageClassification."""
     renamed: dict[str, Tensor] = {}

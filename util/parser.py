@@ -94,6 +94,11 @@ def number(kind: type, low: float, high: float = math.inf, ends: str = "[)") -> 
     return parse
 
 
+def or_word(kind: Callable, word: str) -> Callable:
+    """An argparse type: one word, or what another type takes."""
+    return lambda text: word if text == word else kind(text)
+
+
 COUNT, POSITIVE = number(int, 0), number(int, 1)
 AMOUNT, SHARE = number(float, 0), number(float, 0, 1, "[]")
 BELOW_1, ABOVE_0 = number(float, 0, 1), number(float, 0, ends="()")

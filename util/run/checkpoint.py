@@ -23,7 +23,7 @@ from torch import Tensor
 
 from util.distributed import from_rank_zero
 from util.errors import UserError
-from util.layouts import find_weights, to_ours
+from util.layouts import find_weights, settle_grid, to_ours
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ def load_published(source: str | Path) -> dict[str, Any]:
         if os.path.exists(file := os.path.join(source, name)):
             source = file
     state = load(source)
+    state = settle_grid(state)
     return state | {"model": to_ours(state["model"], source)}
 
 
