@@ -33,8 +33,10 @@ def main(args: argparse.Namespace) -> None:
     model, precision, device = task.model, task.precision, task.precision.device
     if args.knn:
         parts = (encode(model.features, part, args, precision) for part in (task.train, task.val))
-        for k, accuracy in knn_accuracies(*parts).items():
-            logger.info(f"kNN top-1 {accuracy:.2f} % with k = {k}")
+        accuracies = knn_accuracies(*parts)
+        others = ", ".join(f"{accuracies.pop(k):.2f} % with {k}" for k in (1, 5))
+        ((k, accuracy),) = accuracies.items()
+        logger.info(f"kNN top-1 {accuracy:.2f} % with k = {k}, {others}")
         return
     if args.eval or args.predict:
         report(task)

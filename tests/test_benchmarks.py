@@ -11,7 +11,7 @@ COMMANDS = {
     "nt_xent.py --smallest 6 --largest 7 --largest_plain 6": "128",
     "end_to_end.py --steps 2 --batch_size 2": "mae_vit_tiny_patch16",
     "flops.py": "large_patch16    71.7  41.3   123.1          1.72",
-    "file_list.py": "100,000",
+    "file_list.py --files 20000": "20,000",
     "data_scale.py --files 2000 --samples 5000000": "after a resume: the same",
     "shards.py --images 200": "shards of 100",
     "figure.py": "",

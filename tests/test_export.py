@@ -27,7 +27,7 @@ def probe(model: str, size: int, *flags: str):
     return build_probe(linprobe_parser().parse_args(args), num_classes=3)
 
 
-@pytest.mark.parametrize("size", ["tiny", pytest.param("base", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", ["tiny"])
 def test_loads_strictly_into_timm_with_equal_features(size, tmp_path, capsys):
     torch.manual_seed(0)
     model = MODELS[f"mae_vit_{size}_patch16"]()

@@ -1,16 +1,20 @@
-"""Reconstructions to look at: clean, masked, and reconstructed images side by side.
+"""Pictures to look at: reconstructions, nearest neighbours, patch features, attention, curves.
 
     python -m util.visualize --checkpoint output_dir/checkpoint-last.pth --data_path digits \\
         --out reconstructions.png
+    python -m util.visualize --what neighbours --checkpoint ... --data_path ...
+    python -m util.visualize --what curves --runs my_run my_other_run
 """
 
 import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.utils import make_grid, save_image
@@ -23,11 +27,14 @@ from util.data.survey import PIXEL_FLAGS, inherit_pixels, settle_pixels
 from util.data.transforms import eval_transform
 from util.datasets import open_dataset
 from util.distributed import is_main_process
+from util.encoders import Encoder
 from util.errors import UserError
+from util.pictures import attentions, components, curves, heat, neighbours, sheet, spread, to_image
 from util.run.checkpoint import load_published
 from util.run.launch import launch
 
 PREVIEW_IMAGES = 8
+AMONG, CHUNK = 2000, 64  # images to look for neighbours in; encoded at once
 MASK_SEED = 0  # the same patches are removed every time, so that grids compare
 MIN_TILE = 112  # pixels; smaller images are magnified
 
@@ -88,21 +95,44 @@ def reconstruction_grid(
 
 # fmt: off
 def get_args_parser() -> Parser:
-    parser = Parser(prog="util.visualize", description="Draw a checkpoint's reconstructions")
+    parser = Parser(prog="util.visualize", description="Draw what a checkpoint learnt",
+                    check=check_flags)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a pretraining checkpoint")
-    add("--data_path", required=True, help="folder or name of the images, as in pretraining")
-    add("--out", default="reconstructions.png", help="the PNG to write")
+    add("--what", choices=tuple(DRAW), default="reconstructions", help="of a pretraining "
+        "checkpoint, its reconstructions; of any encoder, nearest neighbours, patch features' "
+        "first components as colours, or where the cls token looks; or the curves of --runs")
+    add("--checkpoint", help="of any layout that --init takes")
+    add("--data_path", help="folder or name of the images, as in pretraining")
+    add("--runs", nargs="+", default=[], metavar="FOLDER", help="of log.txt's, for curves")
+    add("--out", help="the PNG to write; default: WHAT.png")
     add("--mask_ratio", type=number(float, 0, 1),
         help="default: the checkpoint's own, or else MAE's 0.75")
     add("--norm_pix_loss", action="store_true",
         help="how the model was trained, if the checkpoint does not say")
     add("--images", type=number(int, 1), default=PREVIEW_IMAGES, help="how many to draw")
+    add("--among", type=number(int, 2), default=AMONG, help="images to look for neighbours in")
     return parser
 # fmt: on
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises ValueError where flags are missing."""
+    wanted = ("runs",) if args.what == "curves" else ("checkpoint", "data_path")
+    if missing := [f"--{name}" for name in wanted if not getattr(args, name)]:
+        raise ValueError(f"the following arguments are required: {', '.join(missing)}")
+    args.out = args.out or f"{args.what}.png"
+
+
 def main(args: argparse.Namespace) -> None:
+    try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        words = DRAW[args.what](args)
+    except (OSError, ValueError) as error:  # ValueError: no such picture format
+        raise UserError(f"cannot write {args.out}: {error}") from None
+    print(f"{args.out}: {words}")
+
+
+def draw_reconstructions(args: argparse.Namespace) -> str:
     from model_mae import model_from_checkpoint  # above util/, as only a command may do
 
     state = load_published(args.checkpoint)
@@ -111,21 +141,80 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{args.checkpoint} was trained without reconstruction (--weight_mae 0)")
     flags = state.get("args", {})
     mask_ratio = flags.get("mask_ratio", 0.75) if args.mask_ratio is None else args.mask_ratio
+    imgs, pixels = images_of(args, state, model.patch_embed, args.images)
+    save_image(reconstruction_grid(model, imgs, mask_ratio, pixels) / 255, args.out)
+    return f"{len(imgs)} images; rows: clean, {mask_ratio:.0%} masked, reconstructed"
+
+
+def draw_neighbours(args: argparse.Namespace) -> str:
+    encoder, imgs, pixels = encoder_and_images(args, args.among)
+    features = torch.cat([encoder(some)[1] for some in imgs.split(CHUNK)])
+    queries = spread(args.images, len(imgs))
+    rows = [
+        [to_image(imgs[i], pixels) for i in (query, *near)]
+        for query, near in zip(queries, neighbours(features, queries), strict=True)
+    ]
+    titles = ["image", *(f"nearest {n}" for n in range(1, len(rows[0])))]
+    sheet(rows, titles).save(args.out)
+    return f"{len(rows)} images, and the nearest of {len(imgs)} by the mean over patches"
+
+
+def draw_pca(args: argparse.Namespace) -> str:
+    encoder, imgs, pixels = encoder_and_images(args, args.images)
+    colours = components(encoder, imgs)
+    size = imgs.shape[:1:-1]
+    clean = [to_image(img, pixels) for img in imgs]
+    large = [colour.resize(size, Image.Resampling.NEAREST) for colour in colours]
+    rows = [list(pair) for pair in zip(clean, large, strict=True)]
+    half = (len(rows) + 1) // 2  # two pairs a row
+    rows = [rows[i] + (rows[half + i] if half + i < len(rows) else []) for i in range(half)]
+    sheet(rows, ["image", "patches"] * (len(rows[0]) // 2)).save(args.out)
+    return f"{len(imgs)} images; colours: the first three principal components of all patches"
+
+
+def draw_attention(args: argparse.Namespace) -> str:
+    encoder, imgs, pixels = encoder_and_images(args, args.images)
+    maps = attentions(encoder, imgs)
+    size = imgs.shape[:1:-1]
+    rows = [
+        [to_image(img, pixels), *(heat(one).resize(size, Image.Resampling.NEAREST) for one in some)]
+        for img, some in zip(imgs, maps, strict=True)
+    ]
+    sheet(rows, ["image", *(f"head {n}" for n in range(1, len(rows[0])))]).save(args.out)
+    return f"{len(imgs)} images; where the cls token of the last block looks, by head"
+
+
+def draw_curves(args: argparse.Namespace) -> str:
+    return f"{curves(args.runs, args.out)} curves of {len(args.runs)} runs"
+
+
+def encoder_and_images(args: argparse.Namespace, count: int) -> tuple[Encoder, Tensor, Pixels]:
+    state = load_published(args.checkpoint)
+    encoder = Encoder(state, args.checkpoint)
+    return encoder, *images_of(args, state, encoder.vit.patch_embed, count)
+
+
+def images_of(
+    args: argparse.Namespace, state: dict[str, Any], embedding: nn.Module, count: int
+) -> tuple[Tensor, Pixels]:
+    """Images as a checkpoint takes them, and what their pixels are."""
     dataset = open_dataset(args.data_path, train=True)
-    vars(args).update(dict.fromkeys(PIXEL_FLAGS), in_chans=model.patch_embed.proj.in_channels)
+    flags = state.get("args", {})
+    vars(args).update(dict.fromkeys(PIXEL_FLAGS), in_chans=embedding.proj.in_channels)
     inherit_pixels(args, flags, args.checkpoint)
     settle_pixels(args, images=dataset)
-    pixels, size = Pixels.of(args), model.patch_embed.img_size
-    transform = eval_transform(size, 1.0, pixels, flags.get("resize", "crop"))
-    imgs = preview_images(dataset, args.images, transform)
-    grid = reconstruction_grid(model, imgs, mask_ratio, pixels)
-    try:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        save_image(grid / 255, args.out)
-    except (OSError, ValueError) as error:  # ValueError: no such picture format
-        raise UserError(f"cannot write {args.out}: {error}") from None
-    print(f"{args.out}: {len(imgs)} images; rows: clean, {mask_ratio:.0%} masked, reconstructed")
+    pixels = Pixels.of(args)
+    transform = eval_transform(embedding.img_size, 1.0, pixels, flags.get("resize", "crop"))
+    return preview_images(dataset, count, transform), pixels
 
+
+DRAW = {
+    "reconstructions": draw_reconstructions,
+    "neighbours": draw_neighbours,
+    "pca": draw_pca,
+    "attention": draw_attention,
+    "curves": draw_curves,
+}
 
 if __name__ == "__main__":
     launch(main, get_args_parser().parse_args())
