@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from util.data.loader import DeviceLoader, eval_loader, to_device, train_loader
 from util.data.order import SeededDataset
-from util.data.source import classes_of, labels_of
+from util.data.source import classes_of, labels_of, match_classes
 from util.data.survey import inherit_pixels, settle_pixels
 from util.data.transforms import eval_transform_of
 from util.datasets import check_classes, held_out, open_dataset, open_labelled
@@ -30,7 +30,7 @@ from util.features import Features, encode
 from util.layouts import settle_grid
 from util.misc import seed_all
 from util.precision import Precision
-from util.predictions import TOP, Predictions, See, Tally, balanced_weights, match_classes
+from util.predictions import TOP, Predictions, See, Tally, balanced_weights
 from util.probe_grid import HELD_OUT, GridHeads, both_pools
 from util.run.checkpoint import load, load_published
 from util.run.interrupt import Poll, polled
@@ -122,7 +122,7 @@ def open_images(
         train, val, _ = open_labelled(
             args.data_path, args.nb_classes, args.val_fraction, args.output_dir, args.labels
         )
-    classes = classes_of(val)
+    classes = classes_of(train or val)
     if args.eval and known:
         match_classes(val, known, classes, args.resume)
         classes = known

@@ -83,7 +83,13 @@ def make_list(folder: Path, files: int) -> Path:
     arrays = names.named("names") | Strings.pack(["", *labels]).named("folders")
     arrays["counts"] = np.array([0] + [each] * FOLDERS)
     arrays["times"] = np.full(FOLDERS + 1, LONG_AGO * 10**9)
-    notes = {"root": str(root.resolve()), "rules": FILE_RULES, "left_out": {}, "archives": []}
+    notes = {
+        "root": str(root.resolve()),
+        "rules": FILE_RULES,
+        "left_out": {},
+        "archives": [],
+        "id": "x",
+    }
     assert Index(arrays, notes).write(folder / "files-train.safetensors")
     return root
 
@@ -136,12 +142,13 @@ def make_index(folder: Path, samples: int) -> list[str]:
         "sizes": np.zeros(samples, np.int64),
         "kinds": np.zeros(samples, np.uint8),
         "labels": np.zeros(samples, np.int32),
+        "splits": np.zeros(samples, np.uint8),
         "counts": np.full(len(paths), PER_SHARD),
         "shard_sizes": np.zeros(len(paths), np.int64),
         "shard_times": np.array([os.stat(path).st_mtime_ns for path in paths]),
     }
     arrays |= names.named("paths") | Strings.pack([""]).named("names")
-    notes = {"rules": SHARD_RULES, "by_folder": True, "left_out": {}, "damage": {}}
+    notes = {"rules": SHARD_RULES, "id": "x", "by_folder": True, "left_out": {}, "damage": {}}
     digest = hashlib.sha256(names.data.tobytes()).hexdigest()[:8]
     assert Index(arrays, notes).write(folder / f"can-index-{digest}.safetensors")
     return paths

@@ -43,6 +43,7 @@ PARSERS = {
     "util.export": export.get_args_parser,
     "util.shards": shards.get_args_parser,
 }
+OPTIONAL = {"tifffile", "datasets", "matplotlib", "webdataset", "transformers", "pytest", "ruff"}
 LAUNCHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts"}
 LAUNCHERS |= {"--ipc=host", "--shm-size"}  # Docker's
 
@@ -250,5 +251,5 @@ def test_the_oldest_versions_are_the_requirements_floor():
     oldest = dict(
         re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / ".github/oldest.txt").read_text(), re.M)
     )
-    assert set(floor) - set(oldest) == {"tifffile", "datasets", "webdataset", "pytest", "ruff"}
+    assert set(floor) - set(oldest) == OPTIONAL
     assert all(f"{oldest[name]}.".startswith(f"{floor[name]}.") for name in oldest)

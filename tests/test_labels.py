@@ -58,7 +58,7 @@ def test_a_table_may_name_its_column(folder):
 def test_files_that_are_not_there_are_told(folder, caplog):
     path = table(folder, "file,label\n0/0.png,a\ntrain/9.png,b\n")
     assert len(open_dataset(str(folder), True, labels=path)) == 1
-    assert f"warning: --labels {path}: not in {folder}: train/9.png" in caplog.text
+    assert f"warning: --labels {path}: 1 not there: train/9.png" in caplog.text
 
 
 def test_a_probe_takes_them(folder, tmp_path):
@@ -94,3 +94,20 @@ def test_what_has_its_own_labels_takes_no_table(folder, flags, capsys):
     assert "--labels is for a folder of images, and digits has its own" in the_error(
         capsys.readouterr().err
     )
+
+
+def test_paths_may_be_absolute_and_tables_have_colons(folder, caplog):
+    (folder / "run:1").mkdir()
+    rows = "".join(f"{folder}/train/{i % 2}/{i}.png,{i % 2}\n" for i in range(6))
+    rows += f"{folder}/val/0/0.png,0\n1/1.png,1\n"
+    (folder / "run:1/labels.csv").write_text(f"file,label\n{rows}")
+    path = f"{folder}/run:1/labels.csv"
+    assert len(open_dataset(str(folder), True, labels=path)) == 6
+    assert len(open_dataset(str(folder), True, labels=f"{path}:label")) == 6
+    assert len(open_dataset(str(folder), False, labels=path)) == 2  # 1/1.png is in both splits
+    assert "not there" not in caplog.text
+
+
+def test_long_fields_and_odd_line_ends(folder):
+    path = table(folder, f'file,label,notes\n0/0.png,a,"{"x" * 200_000}\u2028\ny"\n1/1.png,b,\n')
+    assert open_dataset(str(folder), True, labels=path).classes == ["a", "b"]

@@ -323,7 +323,7 @@ def test_where_shards_cannot_be_written_to_the_output_keeps_the_index(
     monkeypatch.setattr(Index, "write", lambda self, p: p.parent != folder and write(self, p))
     with caplog.at_level("INFO"):
         reads(monkeypatch, folder, str(out))
-    assert f"{folder} cannot be written to: the archives' index is kept in {out}" in caplog.text
+    assert f"{folder} cannot be written to: its index is kept in {out}" in caplog.text
     write_lists()
     assert len(list(out.glob("can-index-*"))) == 1
     assert reads(monkeypatch, folder, str(out))[0] == []

@@ -99,3 +99,62 @@ def test_without_the_library_the_error_names_it(table, flags, monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert run_main(main_pretrain, *flags, "--data_path", table) == 1
     assert "pip install datasets" in the_error(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "classes", "targets"),
+    [
+        ("string", ["b", None, "a"], ["a", "b"], [1, -1, 0]),
+        ("int64", [7, None, -1], ["7"], [0, -1, -1]),
+        ("float32", [0.5, 1.0, 2.0], [""], [0, 0, 0]),
+    ],
+)
+def test_labels_of_any_type_are_taken_or_told(kind, values, classes, targets, tmp_path, caplog):
+    columns = {"image": [picture(i) for i in range(3)], "label": values}
+    features = {"image": datasets.Image(), "label": datasets.Value(kind)}
+    with caplog.at_level("INFO"):
+        dataset = open_dataset(parquet(tmp_path, columns, features), train=True)
+    assert (dataset.classes, dataset.targets.tolist()) == (classes, targets)
+    assert ("not used as classes" in caplog.text) == (kind == "float32")
+
+
+def test_images_without_any_label_are_pretrained_on(tmp_path, flags):
+    """As ImageNet's test split."""
+    columns = {"image": [picture(i) for i in range(32)], "label": [-1] * 32}
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    path = parquet(tmp_path, columns, features)
+    assert run_main(main_pretrain, *flags, "--epochs", 1, "--data_path", path) == 0
+    assert log_of(tmp_path / "out")[0]["data"]["train"].count("without labels") == 1
+
+
+def test_columns_that_are_no_images_are_one_line(tmp_path):
+    path = parquet(tmp_path, {"image": [1, 2], "label": [0, 1]})
+    with pytest.raises(UserError, match="column image: "):
+        open_dataset(path, train=True)
+
+
+def test_a_cache_that_another_machine_lacks_is_one_line(table, monkeypatch):
+    import pickle
+
+    dataset = open_dataset(str(table), train=True)
+    sent = pickle.dumps(dataset)
+    assert pickle.loads(sent).targets.tolist() == dataset.targets.tolist()
+
+    def missing(*_):
+        raise FileNotFoundError(2, "No such file", "/cache/x.arrow")
+
+    monkeypatch.setattr("util.data.tables.pickle.loads", missing)
+    with pytest.raises(UserError, match=r"/cache/x\.arrow: every machine must see this cache"):
+        dataset.__setstate__(dataset.__getstate__())
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf::x"])
+def test_a_name_is_wanted(name):
+    with pytest.raises(UserError, match="hf:NAME or hf:NAME:CONFIG"):
+        open_dataset(name, train=True)
+
+
+def test_all_splits_at_once_and_one_saved_alone(table, tmp_path):
+    assert len(open_dataset(f"hf:{table}", None)) == 64
+    datasets.load_dataset(str(table), split="train").save_to_disk(str(tmp_path / "one"))
+    assert len(open_dataset(f"hf:{tmp_path}/one", True)) == 48

@@ -17,10 +17,19 @@ from util.data.images import read_image
 from util.data.labels import Labelled
 from util.data.members import of_split
 from util.data.shards import Shards, find_archives
-from util.data.source import SPLITS, Part, Source, classes_of, extension_of, labels_of
+from util.data.source import (
+    SPLITS,
+    Part,
+    Source,
+    classes_of,
+    extension_of,
+    few,
+    labels_of,
+    match_classes,
+)
 from util.data.tables import HUB, open_hub, open_parquet
 from util.data.transforms import build_transform
-from util.errors import UserError
+from util.errors import NoSplit, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +99,8 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> Dataset:
     Raises:
         UserError: as `open_dataset`, `build_transform`.
     """
-    return Transformed(open_dataset(args.data_path, is_train), build_transform(is_train, args))
+    images = open_dataset(args.data_path, is_train, labels=getattr(args, "labels", ""))
+    return Transformed(images, build_transform(is_train, args))
 
 
 def open_dataset(
@@ -160,7 +170,7 @@ def _open_own(data_path: str, train: bool | None, cache_dir: str) -> Source:
 def _no_split(where: str | Path, train: bool | None) -> NoReturn:
     names = ", ".join(f"{name}/" for name in SPLITS[train])
     other = "main_linprobe.py and main_finetune.py take --val_fraction 0.1 instead"
-    raise UserError(f"--data_path {where}: none of {names} in it; {other}")
+    raise NoSplit(f"--data_path {where}: none of {names} in it; {other}")
 
 
 def _open_archives(
@@ -173,6 +183,9 @@ def _open_archives(
         raise UserError(f"--data_path {where}: {both}")
     if not is_split and train is not None:
         named, other = (of_split(paths, SPLITS[split]) for split in (train, not train))
+        unused = sorted(set(paths) - {*named, *other}) if named else []
+        if unused:
+            logger.warning(f"warning: not used, as no split's: {few(unused)}")
         is_split, paths = bool(named), named or paths
         if other and not named:
             if not train:
@@ -217,6 +230,7 @@ def open_labelled(
     if odd := sorted(set(classes) ^ set(classes_of(val))):
         only = f"{len(odd)} are in one only: {', '.join(odd[:5])}"
         raise UserError(f"--data_path {data_path}: both splits must hold the same classes; {only}")
+    match_classes(val, classes, classes_of(val), "the training images")
     return train, val, len(classes)
 
 

@@ -9,6 +9,10 @@ class UserError(Exception):
     """One line that says what was given and what is allowed; shown without a traceback, exit 1."""
 
 
+class NoSplit(UserError):
+    """The data have no images for validation."""
+
+
 class Stopped(BaseException):
     """The run was asked to stop: `signal` is what asked, `saved` whether its state was saved.
 

@@ -70,9 +70,8 @@ def components(encoder: Encoder, imgs: Tensor) -> list[Image.Image]:
     patches = encoder.tokens(imgs)[:, 1:].float()
     flat = patches.flatten(0, 1)
     flat = flat - flat.mean(dim=0)
-    torch.manual_seed(0)  # the algorithm draws a start
-    _, _, directions = torch.pca_lowrank(flat, q=min(6, *flat.shape), center=False)
-    values = flat @ directions[:, :3]
+    _, directions = torch.linalg.eigh(flat.T @ flat)  # the largest stand last
+    values = flat @ directions[:, -3:].flip(1)
     low, high = (values.quantile(q, dim=0) for q in TAILS)
     colours = ((values - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     grid = encoder.vit.patch_embed.grid_size

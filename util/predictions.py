@@ -108,23 +108,6 @@ def write_csv(path: str, header: list[str], rows: Iterable[list]) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def match_classes(dataset: Dataset, theirs: list[str], ours: list[str], source: str) -> None:
-    """Gives a dataset's labels the order of a classifier's classes.
-
-    Raises:
-        UserError: they are others.
-    """
-    if theirs == ours:
-        return
-    if odd := sorted(set(theirs) ^ set(ours)):
-        where = [f"{name} ({'the data' if name in ours else source})" for name in odd[:TOP]]
-        raise UserError(f"{len(odd)} classes are in one only: {', '.join(where)}")
-    base = getattr(dataset, "dataset", dataset)  # of which it may be a part
-    order = np.array([*map(theirs.index, ours), -1], np.int32)
-    for part in {id(data): data for data in (base, dataset)}.values():
-        part.targets, part.classes = order[labels_of(part)], theirs
-
-
 def balanced_weights(labels: np.ndarray, classes: int) -> Tensor:
     """[K] weights with which each class counts as much as any other; 1 on average over images."""
     counts = np.bincount(labels, minlength=classes)

@@ -27,18 +27,20 @@ from torch.utils.data import Dataset
 from util.data.images import BadImage, NotPillows, is_deep, open_image, to_8_bits
 from util.data.pixels import ALPHA
 from util.data.shards import CLASSES
-from util.data.source import Source, extension_of, name_of
+from util.data.source import EXTENSIONS, Source, classes_of, extension_of, name_of
 from util.datasets import open_dataset
-from util.errors import UserError
+from util.errors import NoSplit, UserError
 from util.parents import end_with_parent
 from util.parser import COUNT, POSITIVE, Parser, number
 from util.run.launch import launch
+from util.run.lock import LOCK, lock_folder
 from util.run.logs import log_to_console
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "shards.json"
 REPORT = 5.0  # seconds between lines of progress
+FORMATS = {"MPO": ".jpg", "JPEG": ".jpg", "JPEG2000": ".jp2"}  # of files without an extension
 STEM = 60  # letters of a file's name that its name in the shard keeps
 SAMPLING = 0  # of colours in JPEGs: none, which a quality of 90 deserves
 
@@ -66,37 +68,48 @@ def main(args: argparse.Namespace) -> None:
     splits = {"train": open_dataset(args.data_path, True, labels=args.labels)}
     try:
         splits["val"] = open_dataset(args.data_path, False, labels=args.labels)
-    except UserError as error:
+    except NoSplit as error:
         logger.info(f"no val/ is written: {error}")
     out = Path(args.out)
+    lock_folder(out)
     try:
-        _claim(out, args, {name: len(data) for name, data in splits.items()})
-        for name, data in splits.items():
-            write_split(data, out / name, args)
+        _claim(out, args, splits)
+        written = sum(write_split(data, out / name, args) for name, data in splits.items())
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror}") from None
+    if not written:
+        raise UserError(f"none of the images of {args.data_path} can be read")
     print(f"{out}: done; --data_path {out} reads it")
 
 
-def _claim(out: Path, args: argparse.Namespace, images: dict[str, int]) -> None:
+def _claim(out: Path, args: argparse.Namespace, splits: dict[str, Dataset]) -> None:
     """Raises UserError if the folder holds shards of other images or flags."""
     flags = {k: v for k, v in vars(args).items() if k not in ("out", "num_workers")}
-    flags = json.loads(json.dumps(flags | {"images": images}))
+    for name, data in splits.items():
+        flags[f"{name} images"] = len(data)
+        flags[f"{name} digest"] = data.identity() if isinstance(data, Source) else ""
     manifest = out / MANIFEST
     if manifest.exists():
-        before = json.loads(manifest.read_text())
-        if odd := sorted(k for k in flags if before.get(k) != flags[k]):
-            was = ", ".join(f"{name} was {before.get(name)}, is {flags[name]}" for name in odd)
+        try:
+            before = json.loads(manifest.read_text())
+        except ValueError:
+            raise UserError(f"{manifest} is damaged: remove {out}, or give another --out") from None
+        if odd := sorted(k for k in {*flags, *before} if before.get(k) != flags.get(k)):
+            was = ", ".join(f"{k} was {before.get(k)}, is {flags.get(k)}" for k in odd)
             raise UserError(f"{out} holds other shards: {was}; give another --out")
         return
-    if out.exists() and any(out.iterdir()):
+    if set(os.listdir(out)) - {LOCK}:
         raise UserError(f"--out {out} is not empty, and holds no {MANIFEST}")
-    out.mkdir(parents=True, exist_ok=True)
-    manifest.write_text(json.dumps(flags, indent=1))
+    temporary = manifest.with_suffix(".tmp")
+    temporary.write_text(json.dumps(flags, indent=1))
+    temporary.replace(manifest)
 
 
-def write_split(data: Dataset, folder: Path, args: argparse.Namespace) -> None:
+def write_split(data: Dataset, folder: Path, args: argparse.Namespace) -> int:
     """Writes the shards that are not there yet, in parallel, each whole or not at all.
+
+    Returns:
+        How many images there are now, or at least one.
 
     Raises:
         UserError, OSError: they cannot be written.
@@ -107,7 +120,7 @@ def write_split(data: Dataset, folder: Path, args: argparse.Namespace) -> None:
     order = np.arange(len(data))
     if not args.keep_order:
         order = np.random.default_rng(args.seed).permutation(order)
-    classes = getattr(data, "classes", [""])
+    classes = classes_of(data)
     if classes != [""]:
         (folder / CLASSES).write_text("".join(f"{name}\n" for name in classes))
     starts = range(0, len(data), args.shard_images)
@@ -117,7 +130,7 @@ def write_split(data: Dataset, folder: Path, args: argparse.Namespace) -> None:
     if len(left) < len(paths):
         logger.info(f"{folder}: {len(paths) - len(left):,} of {len(paths):,} shards are there")
         if not left:
-            return
+            return 1
     total, begin, shown = Counter(), time.monotonic(), time.monotonic()
     fork, parent_ends = multiprocessing.get_context("fork"), (signal.SIGKILL,)
     with ProcessPoolExecutor(args.num_workers, fork, _begin, (data, args, *parent_ends)) as pool:
@@ -141,9 +154,10 @@ def write_split(data: Dataset, folder: Path, args: argparse.Namespace) -> None:
             for process in multiprocessing.active_children():
                 process.kill()
             raise
-    size = total.pop("bytes", 0) / 1e6
+    size, images = total.pop("bytes", 0) / 1e6, sum(total.values())
     words = ", ".join(f"{count:,} {what}" for what, count in total.most_common())
     logger.info(f"{folder}: {len(left):,} shards, {size:,.1f} MB: {words or 'nothing'}")
+    return images + len(paths) - len(left)
 
 
 _data: Dataset
@@ -160,7 +174,7 @@ def _begin(data: Dataset, args: argparse.Namespace, number: signal.Signals) -> N
 def _write_shard(path: Path, first: int, indices: np.ndarray) -> tuple[Counter, dict[str, str]]:
     """Writes some images; returns what was done to how many, and bad ones with the reason."""
     counts, bad = Counter(), {}
-    with_labels = getattr(_data, "classes", [""]) != [""]
+    with_labels = classes_of(_data) != [""]
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
         for position, index in enumerate(indices.tolist(), start=first):
@@ -191,26 +205,31 @@ def _sample(index: int) -> tuple[bytes, str, int, str]:
     """An image file's bytes and extension, its label, and what was done to it."""
     if not isinstance(_data, Source):  # pixels, of a named data set
         image, label = _data[index]
+        if _args.max_side and max(image.size) > _args.max_side:
+            return (
+                _smaller(image, _args.max_side, _args.quality),
+                ".jpg",
+                int(label),
+                "made smaller",
+            )
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         return buffer.getvalue(), ".png", int(label), "written as PNG"
     content, name = _data.content(index)
     data = Path(content).read_bytes() if isinstance(content, str) else content.getvalue()
     label, extension = int(_data.targets[index]), extension_of(f"_{name}")
-    if extension and _args.max_side is None:
+    if extension in EXTENSIONS and _args.max_side is None:
         return data, extension, label, "as they were"
     image = open_image(io.BytesIO(data), name)
-    extension = extension or f".{image.format.lower().replace('jpeg2000', 'jp2')}"
+    if extension not in EXTENSIONS:
+        extension = FORMATS.get(image.format, f".{image.format.lower()}")
     if _args.max_side is None or max(image.size) <= _args.max_side:
         return data, extension, label, "as they were"
     special = isinstance(image, NotPillows) or is_deep(image) or image.mode in ALPHA
+    special = special or "transparency" in image.info
     if special or (getattr(image, "n_frames", 1) > 1 and image.format != "MPO"):
-        return (
-            data,
-            extension,
-            label,
-            "as they were, though large: of more than 8 bits, alpha, pages",
-        )
+        what = "as they were, though large: of more than 8 bits, alpha, pages"
+        return data, extension, label, what
     return _smaller(image, _args.max_side, _args.quality), ".jpg", label, "made smaller"
 
 

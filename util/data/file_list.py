@@ -1,5 +1,6 @@
 """The files below a folder: listed once, and kept beside the output for the next start."""
 
+import hashlib
 import os
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ SETTLED = 2 * 10**9  # nanoseconds: the clocks of some file systems are as coars
 
 ARCHIVES = (".tar", ".zip", ".parquet")
 CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")  # not hidden by a dot
-RULES = 3  # what is left out, and in which order; of a list by other rules nothing is believed
+RULES = 4  # what is left out, and in which order; of a list by other rules nothing is believed
 
 _unwritten: dict[Path, Index] = {}  # by cache file
 
@@ -73,7 +74,10 @@ def _pack(listing: dict[str, list[str]], times: dict[str, int], notes: dict) -> 
     counts = np.array([len(listing[folder]) for folder in order], np.int64)
     arrays = {"counts": counts, "times": np.array([times[f] for f in order], np.int64)}
     arrays |= Strings.pack(name for f in order for name in listing[f]).named("names")
-    return Index(arrays | Strings.pack(order).named("folders"), notes)
+    arrays |= Strings.pack(order).named("folders")
+    identity = repr(notes["root"]).encode() + b"".join(array.tobytes() for array in arrays.values())
+    notes["id"] = hashlib.sha256(identity).hexdigest()
+    return Index(arrays, notes)
 
 
 def top_of(folder: str) -> str:

@@ -1,14 +1,17 @@
 """Folders of images: which files are images, which folders are splits, classes, or neither."""
 
+import itertools
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from util.data.file_list import list_files, top_of
 from util.data.images import BadImage, open_image
+from util.data.index import Index
 from util.data.source import EXTENSIONS, SPLITS, SURE_SPLITS, Source, extension_of, few
 
 logger = logging.getLogger(__name__)
@@ -36,8 +39,10 @@ class ImageFiles(Source):
     """
 
     def __init__(self, root: Path, cache: Path | None = None):
-        self.root, self.where = str(root), str(root)
-        index = list_files(root, _is_image, cache)
+        self._take(str(root), list_files(root, _is_image, cache))
+
+    def _take(self, root: str, index: Index) -> None:
+        self.root, self.where, self.index = root, root, index
         self.names, self.folders = index.strings("names"), index.strings("folders")
         counts = index["counts"]
         self.ends = np.cumsum(counts)
@@ -67,6 +72,15 @@ class ImageFiles(Source):
         folder = self.folders[int(np.searchsorted(self.ends, index, side="right"))]
         return os.path.join(self.root, folder, self.names[index])
 
+    def relative_names(self) -> Iterator[str]:
+        """All names within the root."""
+        names = iter(self.names)
+        for folder, count in zip(self.folders, np.diff(self.ends, prepend=0), strict=True):
+            yield from (os.path.join(folder, name) for name in itertools.islice(names, int(count)))
+
+    def __reduce__(self) -> tuple:
+        return _again, (self.root, self.index)
+
     def why_no_classes(self) -> str:
         splits = {name for names in SPLITS.values() for name in names}
         named = [name for name in self.classes if name.lower() in splits]
@@ -79,6 +93,12 @@ class ImageFiles(Source):
             found = f"; left out: {left_out_words(self.left_out)}" if self.left_out else ""
             return f"class folders without images: {few(self.empty)}{found}"
         return ""
+
+
+def _again(root: str, index: Index) -> ImageFiles:
+    images = ImageFiles.__new__(ImageFiles)
+    images._take(root, index)
+    return images
 
 
 def left_out_words(counts: Counter[str]) -> str:

@@ -139,10 +139,10 @@ def open_image(file: str | BytesIO, name: str = "") -> Image.Image | NotPillows:
         image.source = file
         is_deep(image)  # which some files only tell before they are decoded
         sideways = image.format == "TIFF" and orientation(image) != UPRIGHT
-        # Pillow scrambles those that it maps into memory.
-        if sideways and isinstance(file, str) and not is_deep(image):
-            image = Image.open(BytesIO(Path(file).read_bytes()), formats=FORMATS)
+        if sideways and isinstance(file, str):  # Pillow scrambles those that it maps into memory
+            deep, image = image.deep, Image.open(BytesIO(Path(file).read_bytes()), formats=FORMATS)
             image.load()
+            image.deep, image.source = deep, file
         return image
     except BadImage:
         raise

@@ -1,5 +1,6 @@
 """Lists of what a data set holds, as arrays that no process copies: in a file that is mapped."""
 
+import contextlib
 import json
 import os
 import uuid
@@ -22,7 +23,7 @@ class Index(dict[str, np.ndarray]):
     Other processes get a small one whole, and map a large one's file themselves, if it has one.
 
     Attributes:
-        notes: among them `id`, which no other index has.
+        notes: among them `id`, which indices of other data do not have.
         path: the file that the arrays are mapped from; None while they are in memory.
     """
 
@@ -54,7 +55,8 @@ class Index(dict[str, np.ndarray]):
             save_file(dict(self), temporary, {"notes": json.dumps(self.notes)})
             os.replace(temporary, path)
         except (OSError, SafetensorError):
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # which may be read-only
+                temporary.unlink()
             return False
         return True
 

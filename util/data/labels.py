@@ -1,15 +1,15 @@
 """Labels in a table beside the images."""
 
 import csv
+import io
 import logging
 import os
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from util.data.image_folder import ImageFiles
+from util.data.image_folder import ImageFiles, find_split
 from util.data.source import Source, few, in_order
 from util.errors import UserError
 
@@ -30,22 +30,23 @@ class Labelled(Source):
 
     def __init__(self, images: ImageFiles, table: str, data_path: str):
         self.images, self.where = images, f"{images.where}, labels of {table}"
-        rows = read_labels(table)
+        rows = read_labels(table, data_path)
         self.classes = classes = in_order(set(rows.values()))
         numbers = {name: number for number, name in enumerate(classes)}
 
         prefix = os.path.relpath(images.root, data_path)
+        inside = "" if prefix == os.curdir else f"{prefix}/"
         chosen, targets = [], []
-        for i in range(len(images)):
-            name = os.path.relpath(images.name(i), images.root)
-            for known in (os.path.normpath(os.path.join(prefix, name)), name):
-                if (label := rows.pop(known, None)) is not None:
-                    chosen.append(i)
-                    targets.append(numbers[label])
-                    break
-        lost = [file for file in islice(rows, 1000) if not Path(data_path, file).exists()]
+        for i, name in enumerate(images.relative_names()):
+            label = rows.pop(inside + name, None) or rows.pop(name, None)
+            if label is not None:
+                chosen.append(i)
+                targets.append(numbers[label])
+        splits = [find_split(Path(data_path), train) for train in (True, False)]
+        roots = [data_path, *filter(None, splits)]
+        lost = [file for file in rows if not any(os.path.exists(f"{r}/{file}") for r in roots)]
         if lost:
-            logger.warning(f"warning: --labels {table}: not in {data_path}: {few(lost)}")
+            logger.warning(f"warning: --labels {table}: {len(lost):,} not there: {few(lost)}")
         self.chosen, self.targets = np.array(chosen, np.int64), np.array(targets, np.int32)
         self.left_out = images.left_out + Counter()
         if unnamed := len(images) - len(chosen):
@@ -60,20 +61,22 @@ class Labelled(Source):
         return self.images.name(self.chosen[index])
 
 
-def read_labels(table: str) -> dict[str, str]:
-    """Labels by file.
+def read_labels(table: str, data_path: str) -> dict[str, str]:
+    """Labels by file, within `data_path`.
 
     Raises:
         UserError: no such file, no such columns, or a row without one of them.
     """
-    path, _, column = table.partition(":")
+    path, _, column = (table, "", "") if os.path.exists(table) else table.rpartition(":")
+    path, column = (path, column) if path else (table, "")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError) as error:
         raise UserError(f"--labels {table}: {getattr(error, 'strerror', error)}") from None
-    first = text.partition("\n")[0]
+    first = text.partition("\n")[0].strip()
     delimiter = max(",;\t", key=first.count)
-    rows = csv.reader(text.splitlines(), delimiter=delimiter)
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     header = [name.strip().lower() for name in next(rows, [])]
     file, label = (
         next((header.index(name) for name in names if name in header), None)
@@ -81,9 +84,7 @@ def read_labels(table: str) -> dict[str, str]:
     )
     if file is None or label is None:
         other = f"{path}:COLUMN takes another for label"
-        raise UserError(
-            f"--labels {table}: no columns file and label, but {first.strip()}; {other}"
-        )
+        raise UserError(f"--labels {table}: no columns file and label, but {first}; {other}")
     found = {}
     for number, row in enumerate(rows, start=2):
         if not row:
@@ -91,6 +92,8 @@ def read_labels(table: str) -> dict[str, str]:
         if len(row) <= max(file, label) or not row[file].strip() or not row[label].strip():
             raise UserError(f"--labels {table}: line {number} lacks a file or a label")
         name, value = os.path.normpath(row[file].strip()), row[label].strip()
+        if os.path.isabs(name):
+            name = os.path.relpath(name, os.path.abspath(data_path))
         if found.setdefault(name, value) != value:
             raise UserError(f"--labels {table}: line {number}: two labels for {name}")
     return found

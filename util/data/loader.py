@@ -18,18 +18,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from util.data.order import EpochSampler, EvalSampler
+from util.data.source import labels_of
 from util.distributed import from_rank_zero, get_world_size, host_group
 from util.errors import STOP_SIGNALS, UserError
 from util.parents import end_with_parent
 
 logger = logging.getLogger(__name__)
 
+SHARDS_SEEN = 20  # shards whose classes are looked at
 WINDOW = 20_000  # images of shards to shuffle at once, if not given
 MOST_BAD = 0.01  # of a dataset's images may be unreadable; one always may
 BAD_LIST = "bad-images.txt"
@@ -175,9 +178,21 @@ def train_loader(
     window = args.shuffle_window
     if window is None:
         window = WINDOW if groups is not None and len(groups) > 1 else 0
+        if window and _are_sorted(groups, labels_of(dataset.dataset)):
+            logger.info("shards hold one class each: all images are shuffled at once")
+            window = 0
     per_step = args.batch_size * args.accum_iter
     sampler = EpochSampler(dataset, per_step, args.seed, groups, window)
     return DeviceLoader(dataset, sampler, args, device, **options)
+
+
+def _are_sorted(groups: np.ndarray, labels: np.ndarray) -> bool:
+    """Whether images of one class stand together, which a window of shards would not mix."""
+    ends = np.cumsum(groups)
+    some = np.unique(np.linspace(0, len(groups) - 1, SHARDS_SEEN).astype(int))
+    classes = [len(np.unique(labels[ends[g] - groups[g] : ends[g]])) for g in some if groups[g] > 1]
+    among = len(np.unique(labels[np.linspace(0, len(labels) - 1, 1000).astype(int)]))
+    return bool(classes) and np.mean(classes) <= 2 < among
 
 
 def eval_loader(

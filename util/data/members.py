@@ -5,14 +5,15 @@ import os
 import tarfile
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from util.data.file_list import CLUTTER
-from util.data.source import EXTENSIONS, extension_of
+from util.data.source import EXTENSIONS, SPLITS, extension_of
 
 BLOCK = 512  # a tar's, in bytes
 NAME = 100  # bytes at a header's beginning
@@ -20,7 +21,8 @@ PADDING = 2**20  # bytes after a tar's end mark that are looked at: zeros, or an
 LABELS = ("label", "cls", "class")  # of a sample's .json, the first one that is there
 LOCAL_HEADER = 30  # bytes of a zip's member before its name
 DEFLATED = 128  # added to an image's kind
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError)
+SIDES = {"cls", "json", "txt"}  # what stands beside an image in a sample
+MOST_SILENT = 100
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Members:
         offsets, sizes: where each lies, in bytes; in a zip, where its header does.
         kinds: of each, its number in `EXTENSIONS`, sorted; `DEFLATED` more where it is.
         labels: each one's number in `names`, -1 for none.
+        splits: 1 of those in a folder of training's name, 2 of validation's, else 0.
         names: labels, or where `by_folder` the folders of the images.
         left_out: as `Source`'s.
         damage: what is wrong with the archive; '' for nothing.
@@ -40,10 +43,20 @@ class Members:
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     kinds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    splits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     names: list[str] = field(default_factory=list)
     by_folder: bool = True
     left_out: Counter[str] = field(default_factory=Counter)
     damage: str = ""
+
+
+class File(NamedTuple):
+    """A member of an archive: its name, and where its content lies, in bytes."""
+
+    name: str
+    offset: int
+    size: int
+    kind: int = 0
 
 
 KINDS = sorted(EXTENSIONS)
@@ -54,23 +67,29 @@ def read_members(path: str) -> Members:
     """Lists an archive; of a damaged one, what comes before the damage."""
     try:
         return _read_zip(path) if extension_of(path) == ".zip" else _read_tar(path)
-    except DAMAGED as error:
+    except Exception as error:  # the readers raise all kinds for damaged files
         return Members(damage=str(error) or type(error).__name__)
 
 
-def _gather(
-    images: list[tuple[str, int, int, int]], labels: dict[int, str] | None, found: Members
-) -> Members:
-    """Adds images, as (name, offset, size, kind), and their labels; without any, their folders."""
+def _gather(images: list[File], labels: dict[int, str], found: Members) -> Members:
+    """Adds images and their labels, by place; without any, their folders."""
     found.by_folder = not labels
-    texts = [labels.get(i) if labels else os.path.dirname(im[0]) for i, im in enumerate(images)]
+    folders = [os.path.dirname(image.name) for image in images]
+    texts = [labels.get(i) for i in range(len(images))] if labels else folders
     found.names = sorted(set(texts) - {None})
     numbers = {name: number for number, name in enumerate(found.names)}
     found.labels = np.array([numbers.get(text, -1) for text in texts], np.int32)
-    columns = list(zip(*(image[1:] for image in images), strict=True)) or [(), (), ()]
-    found.offsets, found.sizes = (np.array(column, np.int64) for column in columns[:2])
-    found.kinds = np.array(columns[2], np.uint8)
+    found.offsets = np.array([image.offset for image in images], np.int64)
+    found.sizes = np.array([image.size for image in images], np.int64)
+    found.kinds = np.array([image.kind for image in images], np.uint8)
+    split_of = {folder: _split_of(folder) for folder in set(folders)}
+    found.splits = np.array([split_of[folder] for folder in folders], np.uint8)
     return found
+
+
+def _split_of(folder: str) -> int:
+    parts = set(folder.lower().split("/"))
+    return next((n for n, train in ((1, True), (2, False)) if parts & {*SPLITS[train]}), 0)
 
 
 def _is_shown(name: str) -> bool:
@@ -91,75 +110,88 @@ def _read_zip(path: str) -> Members:
         readable = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         if extension in EXTENSIONS and readable and not member.flag_bits & 1:
             kind = _KIND[extension] + DEFLATED * (member.compress_type == zipfile.ZIP_DEFLATED)
-            images.append((member.filename, member.header_offset, member.compress_size, kind))
+            place = member.header_offset, member.compress_size
+            images.append(File(member.filename, *place, kind))
         elif extension in EXTENSIONS:
             found.left_out["encrypted or of unknown compression"] += 1
         else:
             found.left_out[extension or "without extension"] += 1
-    return _gather(images, None, found)
+    return _gather(images, {}, found)
 
 
 def _read_tar(path: str) -> Members:
-    """WebDataset's rules: a sample is what one name, up to its first dot, has."""
-    found = Members()
-    size = os.path.getsize(path)
-    images: list[tuple[str, int, int, int]] = []
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    found, images, labels = Members(), [], {}
+    silent = 0  # .json files without a label so far; not all of them need be read
     with open(path, "rb") as file:
-        try:
-            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is closed)
-            for member in tar:
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError("cut off")
-                name = member.name.removeprefix("./")
-                if member.isreg() and _is_shown(name):
-                    folder, _, base = name.rpartition("/")
-                    key, _, extension = base.partition(".")
-                    key = f"{folder}/{key}" if folder else key
-                    samples.setdefault(key, {})[extension.lower()] = member
-            found.damage = _what_is_wrong(file, tar.offset, size)
-        except DAMAGED as error:
-            found.damage = str(error)
-            if not samples:
-                return found
-        has_json, labels = True, {}
-        for files in samples.values():
-            chosen = _images_of(files)
-            label = files.get("cls") or (files.get("json") if has_json else None)
-            for extension in chosen:
-                member = files[extension]
-                kind = _KIND[extension_of(f"_.{extension}")]
-                text = _label(file, label) if label else None
-                if text is not None:
-                    labels[len(images)] = text
-                elif label and "cls" not in files:
-                    has_json = bool(labels)  # those without labels need not all be read
-                images.append((member.name, member.offset_data, member.size, kind))
-            for extension in files.keys() - set(chosen) - {"cls", "json", "txt"}:
-                found.left_out[extension_of(f"_.{extension}") or "without extension"] += 1
+        for sample in _samples(file, found):
+            chosen = _images_of(sample)
+            for name in chosen:
+                extension = extension_of(f"_.{name}")
+                images.append(sample[name]._replace(kind=_KIND[extension]))
+            side = sample.get("cls") or (sample.get("json") if silent < MOST_SILENT else None)
+            if chosen and side:
+                label = _label(file, side)
+                silent += label is None and not labels
+                if label is not None:
+                    labels[len(images) - 1] = label
+            for name in sample.keys() - set(chosen) - SIDES:
+                found.left_out[extension_of(f"_.{name}") or "without extension"] += 1
     if found.damage and labels and len(images) - 1 not in labels:
         images.pop()  # its label would have followed
     return _gather(images, labels, found)
 
 
-def _images_of(files: dict[str, tarfile.TarInfo]) -> list[str]:
-    """The extensions of a sample's image; in a tar that is not WebDataset's, of several."""
-    exact = [extension for extension in files if f".{extension}" in EXTENSIONS]
-    if exact or files.keys() & {"cls", "json", "txt"}:
-        return exact[:1]
-    return [extension for extension in files if extension_of(f"_.{extension}") in EXTENSIONS]
+def _samples(file: BinaryIO, found: Members) -> Iterator[dict[str, File]]:
+    """WebDataset's: files one after another whose names are the same up to their first dot.
 
-
-def _label(file: BinaryIO, member: tarfile.TarInfo) -> str | None:
-    content = os.pread(file.fileno(), member.size, member.offset_data)
-    if member.name.lower().endswith(".cls"):
-        return content.decode(errors="replace").strip() or None
+    Args:
+        found: its `damage` and `left_out` are set.
+    """
+    size = os.fstat(file.fileno()).st_size
+    key, sample = None, {}
     try:
-        values = json.loads(content)
-        found = next((values[name] for name in LABELS if name in values), None)
-    except (ValueError, TypeError):
-        return None
-    return str(found) if isinstance(found, int | str) else None
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is closed)
+        for member in tar:
+            if member.offset_data + member.size > size:
+                raise tarfile.ReadError("cut off")
+            tar.members = []  # which would fill the memory
+            name = member.name.removeprefix("./")
+            if member.islnk() or member.issym():
+                found.left_out["links"] += 1
+            if not member.isreg() or not _is_shown(name):
+                continue
+            folder, _, base = name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            if (folder, stem) != key or extension.lower() in sample:
+                yield sample
+                key, sample = (folder, stem), {}
+            sample[extension.lower()] = File(name, member.offset_data, member.size)
+        found.damage = _what_is_wrong(file, tar.offset, size)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        found.damage = str(error)
+    yield sample
+
+
+def _images_of(sample: dict[str, File]) -> list[str]:
+    """The extensions of a sample's image; of several, where these are but files with like names."""
+    images = [name for name in sample if extension_of(f"_.{name}") in EXTENSIONS]
+    if sample.keys() & SIDES:
+        return [name for name in images if f".{name}" in EXTENSIONS][:1]
+    return images
+
+
+def _label(file: BinaryIO, side: File) -> str | None:
+    content = os.pread(file.fileno(), side.size, side.offset)
+    if side.name.lower().endswith(".cls"):
+        text = content.decode(errors="replace").strip()
+    else:
+        try:
+            values = json.loads(content)
+            found = next((values[name] for name in LABELS if name in values), None)
+        except (ValueError, TypeError):
+            return None
+        text = str(found) if isinstance(found, int | str) else ""
+    return None if text == "-1" else text or None
 
 
 def _what_is_wrong(file: BinaryIO, end: int, size: int) -> str:
@@ -174,15 +206,25 @@ def _what_is_wrong(file: BinaryIO, end: int, size: int) -> str:
     return ""
 
 
-def read_member(fd: int, offset: int, size: int, is_zip: bool) -> tuple[str, bytes]:
-    """An image's name in its archive, and its bytes as they lie there."""
-    if not is_zip:  # the name is in the block before
-        content = os.pread(fd, BLOCK + size, offset - BLOCK)
-        return _text(content[:NAME]), content[BLOCK:]
+def read_name(fd: int, offset: int, is_zip: bool) -> str:
+    """An image's name in its archive."""
+    if not is_zip:  # in the block before
+        return _text(os.pread(fd, NAME, offset - BLOCK))
+    length, _ = _lengths(fd, offset)
+    return _text(os.pread(fd, length, offset + LOCAL_HEADER))
+
+
+def read_content(fd: int, offset: int, size: int, is_zip: bool) -> bytes:
+    """An image's bytes, as they lie in its archive."""
+    if is_zip:
+        offset += LOCAL_HEADER + sum(_lengths(fd, offset))
+    return os.pread(fd, size, offset)
+
+
+def _lengths(fd: int, offset: int) -> tuple[int, int]:
+    """Bytes of a zip's member's name, and of what follows it."""
     header = os.pread(fd, LOCAL_HEADER, offset)
-    length, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-    name = os.pread(fd, length, offset + LOCAL_HEADER)
-    return _text(name), os.pread(fd, size, offset + LOCAL_HEADER + length + extra)
+    return int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
 
 
 def _text(name: bytes) -> str:

@@ -18,23 +18,23 @@ from typing import BinaryIO
 
 import numpy as np
 
-from util.data.file_list import WORTH_KEEPING, keep, top_of
+from util.data.file_list import ARCHIVES, WORTH_KEEPING, keep, top_of
 from util.data.images import BadImage
 from util.data.index import Index, Strings
-from util.data.members import DEFLATED, KINDS, Members, read_member, read_members
+from util.data.members import DEFLATED, KINDS, Members, read_content, read_members, read_name
 from util.data.source import SPLITS, SURE_SPLITS, Source, extension_of, few, in_order
-from util.errors import UserError
+from util.errors import NoSplit, UserError
 from util.parents import end_with_parent
 
 logger = logging.getLogger(__name__)
 
-RULES = 1  # an index by other rules is not believed
+RULES = 2  # an index by other rules is not believed
 SHOWN = 5  # damaged archives that are named
 SLOW = 64  # archives whose indexing is worth a line
 OPEN_FILES = 64  # archives that a process keeps open
 CLASSES = "classes.txt"  # beside the shards: a class's name per line, in the order of its number
 WITHOUT = "name them val-..., or give --val_fraction 0.1"
-COLUMNS = ("offsets", "sizes", "kinds", "labels")
+COLUMNS = ("offsets", "sizes", "kinds", "labels", "splits")
 
 
 class Shards(Source):
@@ -51,31 +51,54 @@ class Shards(Source):
     """
 
     def __init__(self, paths: list[str], train: bool | None, where: str, cache_dir: str = ""):
-        self.paths, self.where = Strings.pack(paths), where
-        self.index = index = _open_index(paths, cache_dir)
-        self.groups = index["counts"]
-        names = index.strings("names")
-        self.left_out = Counter(index.notes["left_out"])
+        index = _open_index(paths, cache_dir)
         damage: dict[str, str] = index.notes["damage"]  # by the archive's number
         for number in list(damage)[:SHOWN]:
             used = f"the {index['counts'][int(number)]:,} images before that are used"
             logger.warning(f"warning: {paths[int(number)]}: {damage[number]}; {used}")
-        if damage:
-            self.left_out["ends of damaged archives"] = len(damage)
-        self.chosen = None
+        self._take(Strings.pack(paths), train, where, index)
+
+    def __reduce__(self) -> tuple:
+        return _again, (self.paths, self.train, self.where, self.index)
+
+    def _take(self, paths: Strings, train: bool | None, where: str, index: Index) -> None:
+        """Sets all attributes; what can be taken from the index is not copied."""
+        self.paths, self.train, self.where, self.index = paths, train, where, index
+        self.groups = index["counts"]
+        names = index.strings("names")
+        self.left_out = Counter(index.notes["left_out"])
+        if damaged := len(index.notes["damage"]):
+            self.left_out["ends of damaged archives"] = damaged
+        self.chosen, self.stray = None, False
         if index.notes["by_folder"]:
             self._take_folders(list(names), train)
-        elif train is False:
-            raise UserError(f"{where}: no archives for validation; {WITHOUT}")
         else:
             self._take_labels(list(names), Path(paths[0]).with_name(CLASSES))
         self.ends = np.cumsum(self.groups)
 
     def _take_labels(self, names: list[str], listed: Path) -> None:
+        """Classes by their labels; numbers may have names, in `classes.txt`."""
         self.classes, self.targets = names, self.index["labels"]
-        with_names = listed.read_text().splitlines() if listed.exists() else []
-        if with_names and all(n.isdecimal() and int(n) < len(with_names) for n in names):
-            self.classes = [with_names[int(name)] for name in names]
+        titles = read_lines(listed) if listed.exists() else []
+        if titles and all(name.isdecimal() and int(name) < len(titles) for name in names):
+            numbers = list(map(int, names))
+            if numbers != list(range(len(names))):
+                self.targets = np.array([*numbers, -1], np.int32)[self.targets]
+            self.classes = titles
+            present = set(numbers)
+            self.empty = [title for n, title in enumerate(titles) if n not in present]
+        wanted = {True: 1, False: 2, None: 0}[self.train]
+        splits = self.index["splits"]
+        if wanted and splits.any():
+            self._choose(splits == wanted)
+        if self.train is False and (not splits.any() or not len(self.targets)):
+            raise NoSplit(f"{self.where}: no archives for validation; {WITHOUT}")
+
+    def _choose(self, mask: np.ndarray) -> None:
+        """Keeps some of the images."""
+        self.chosen, self.targets = np.flatnonzero(mask), self.targets[mask]
+        shard = np.repeat(np.arange(len(self.groups)), self.groups)
+        self.groups = np.bincount(shard[mask], minlength=len(self.groups))
 
     def _take_folders(self, folders: list[str], train: bool | None) -> None:
         """Classes as of a folder of images, below what all have in common, and below a split."""
@@ -86,7 +109,7 @@ class Shards(Source):
         splits = () if train is None else SPLITS[train]
         wanted = next((t for s in splits for t in sorted(tops) if t.lower() == s), None)
         if wanted is None and train is False:
-            raise UserError(f"{self.where}: no folder for validation in it; {WITHOUT}")
+            raise NoSplit(f"{self.where}: no folder for validation in it; {WITHOUT}")
         taken = np.array([wanted in (None, top_of(f)) for f in folders] + [False])
         if wanted is not None:
             folders = [f.partition("/")[2] for f in folders]
@@ -98,55 +121,75 @@ class Shards(Source):
         self.targets = self.index["labels"]
         if labels[:-1].tolist() != list(range(len(folders))):
             self.targets = labels[self.targets]
+        self.stray = "" in full and len(full) > 1
         if not taken[:-1].all():
-            mask = taken[self.index["labels"]]
-            self.chosen, self.targets = np.flatnonzero(mask), self.targets[mask]
-            shard = np.repeat(np.arange(len(self.groups)), self.groups)
-            self.groups = np.bincount(shard[mask], minlength=len(self.groups))
+            self._choose(taken[self.index["labels"]])
 
     def content(self, index: int) -> tuple[BytesIO, str]:
-        _, data, extension = self._read(index)
-        return BytesIO(data), extension
-
-    def name(self, index: int) -> str:
-        path = self.paths[self._shard(index)]
-        try:
-            return f"{path}: {self._read(index)[0]}"
-        except (OSError, BadImage):
-            return f"{path}: image {index}"
-
-    def _shard(self, index: int) -> int:
-        return int(np.searchsorted(self.ends, index, side="right"))
-
-    def _read(self, index: int) -> tuple[str, bytes, str]:
-        """An image's name, its bytes and its extension."""
-        shard = self._shard(index)
-        path = self.paths[shard]
-        row = index if self.chosen is None else self.chosen[index]
-        file = _opened(path, int(self.index["shard_sizes"][shard]))
-        offset, size, kind = (int(self.index[column][row]) for column in COLUMNS[:3])
-        name, data = read_member(file.fileno(), offset, size, extension_of(path) == ".zip")
+        shard, offset, size, kind, is_zip = self._place(index)
+        data = read_content(self._opened(shard), offset, size, is_zip)
         if len(data) < size:
             raise BadImage("the archive is cut off")
         if kind >= DEFLATED:
-            data = zlib.decompress(data, -zlib.MAX_WBITS)
-        return name, data, KINDS[kind % DEFLATED]
+            try:
+                data = zlib.decompress(data, -zlib.MAX_WBITS)
+            except zlib.error as error:
+                raise BadImage(error) from None
+        return BytesIO(data), KINDS[kind % DEFLATED]
+
+    def name(self, index: int) -> str:
+        shard, offset, *_, is_zip = self._place(index)
+        try:
+            return f"{self.paths[shard]}: {read_name(self._opened(shard), offset, is_zip)}"
+        except (OSError, BadImage):
+            return f"{self.paths[shard]}: image {index}"
+
+    def identity(self) -> str:
+        return self.index.notes["id"]
+
+    def _opened(self, shard: int) -> int:
+        sizes, times = self.index["shard_sizes"], self.index["shard_times"]
+        return _opened(self.paths[shard], int(sizes[shard]), int(times[shard])).fileno()
+
+    def _place(self, index: int) -> tuple[int, int, int, int, bool]:
+        """An image's archive, offset, size and kind, and whether the archive is a zip."""
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        row = index if self.chosen is None else self.chosen[index]
+        offset, size, kind = (int(self.index[column][row]) for column in COLUMNS[:3])
+        return shard, offset, size, kind, extension_of(self.paths[shard]) == ".zip"
 
     def why_no_classes(self) -> str:
         if missing := int((self.targets == -1).sum()):
             return f"{missing:,} of {len(self):,} images have no label"
+        if self.stray:
+            return "images lie beside the class folders"
         if named := {name.lower() for name in self.classes} & SURE_SPLITS:
             return f"folders that are splits, not classes: {few(sorted(named))}"
         return ""
 
 
+def _again(paths: Strings, train: bool | None, where: str, index: Index) -> Shards:
+    shards = Shards.__new__(Shards)
+    shards._take(paths, train, where, index)
+    return shards
+
+
 @functools.lru_cache(OPEN_FILES)
-def _opened(path: str, size: int) -> BinaryIO:
+def _opened(path: str, size: int, time_ns: int) -> BinaryIO:
     """An archive, which the last use closes; raises BadImage if it is not what was indexed."""
     file = open(path, "rb")  # noqa: SIM115
-    if os.fstat(file.fileno()).st_size != size:
+    status = os.fstat(file.fileno())
+    if (status.st_size, status.st_mtime_ns) != (size, time_ns):
         raise BadImage("its archive has changed since it was indexed")
     return file
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """A text file's lines; raises UserError if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def find_archives(data_path: str) -> list[str] | None:
@@ -158,13 +201,13 @@ def find_archives(data_path: str) -> list[str] | None:
     if data_path.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
         raise UserError(f"--data_path {data_path}: compressed: unpack it to a .tar first")
     if data_path.endswith(".txt") and os.path.isfile(data_path):
-        lines = Path(data_path).read_text().splitlines()
         folder = os.path.dirname(data_path)
-        paths = [os.path.join(folder, line.strip()) for line in lines if line.strip()]
+        lines = filter(None, map(str.strip, read_lines(data_path)))
+        paths = [os.path.join(folder, os.path.expanduser(line)) for line in lines]
     elif os.path.isfile(data_path):
-        return [data_path] if extension_of(data_path) in (".tar", ".zip", ".parquet") else None
+        return [data_path] if extension_of(data_path) in ARCHIVES else None
     elif any(letter in data_path for letter in "{*?") and not os.path.isdir(data_path):
-        words = braces(data_path)
+        words = braces(os.path.expanduser(data_path))
         paths = [found for word in words for found in sorted(glob.glob(word)) or [word]]
     else:
         return None
@@ -173,7 +216,9 @@ def find_archives(data_path: str) -> list[str] | None:
         raise UserError(f"--data_path {data_path}: {len(missing)} of {len(paths)}: {words}")
     if not paths:
         raise UserError(f"--data_path {data_path}: names no file")
-    return paths
+    if odd := [path for path in paths if extension_of(path) not in ARCHIVES]:
+        raise UserError(f"--data_path {data_path}: not {', '.join(ARCHIVES)}: {few(odd)}")
+    return list(dict.fromkeys(paths))
 
 
 def braces(pattern: str) -> list[str]:
@@ -192,10 +237,12 @@ def braces(pattern: str) -> list[str]:
 
 def _open_index(paths: list[str], cache_dir: str) -> Index:
     """The kept index, if it is of these archives as they are; else another, which is kept."""
-    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    parents = {os.path.dirname(os.path.abspath(path)) for path in paths}
+    folder = os.path.commonpath(list(parents))
     names = Strings.pack(os.path.relpath(path, folder) for path in paths)
-    of_these = hashlib.sha256(names.data.tobytes()).hexdigest()[:8]
-    places = [Path(p, f"can-index-{of_these}.safetensors") for p in (folder, cache_dir) if p]
+    digest = hashlib.sha256(names.data.tobytes()).hexdigest()[:8]
+    where = [folder] if len(parents) == 1 else []  # else it would lie far from them
+    places = [Path(p, f"can-index-{digest}.safetensors") for p in (*where, cache_dir) if p]
     try:
         stats = [os.stat(path) for path in paths]
     except OSError as error:
@@ -218,11 +265,12 @@ def _open_index(paths: list[str], cache_dir: str) -> Index:
     index = _make_index(paths, found)
     if len(index["offsets"]) < WORTH_KEEPING:
         return index
-    if index.write(places[0]):
+    if where and index.write(places[0]):
         return Index.read(places[0])
     if cache_dir:
-        logger.info(f"{folder} cannot be written to: the archives' index is kept in {cache_dir}")
-        keep(places[1], index)
+        if where:
+            logger.info(f"{folder} cannot be written to: its index is kept in {cache_dir}")
+        keep(places[-1], index)
     return index
 
 
@@ -260,4 +308,6 @@ def _merge(archives: list[Members], found: dict[str, np.ndarray]) -> Index:
     damage = {str(n): archive.damage for n, archive in enumerate(archives) if archive.damage}
     left_out = sum((archive.left_out for archive in archives), Counter())
     notes = {"rules": RULES, "by_folder": by_folder, "left_out": left_out, "damage": damage}
+    identity = b"".join(array.tobytes() for array in found.values())
+    notes["id"] = hashlib.sha256(identity).hexdigest()
     return Index(arrays | found, notes)

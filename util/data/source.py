@@ -1,5 +1,6 @@
 """What every data set of the user's own has, wherever its images lie."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset, Subset
 
 from util.data.images import NotPillows, open_image
+from util.errors import UserError
 
 # Of files that `open_image` reads.
 EXTENSIONS = frozenset((
@@ -62,6 +64,13 @@ class Source(Dataset):
         """Why the labels cannot be believed; '' if they can."""
         return ""
 
+    def identity(self) -> str:
+        """What another data set has not: a digest of all names."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(os.fsencode(self.name(index)) + b"\n")
+        return digest.hexdigest()
+
 
 class Part(Subset):
     """The chosen images of a data set."""
@@ -91,6 +100,25 @@ def classes_of(dataset: Dataset) -> list[str]:
     return [str(label) for label in np.unique(labels_of(dataset)).tolist()]
 
 
+def match_classes(dataset: Dataset, theirs: list[str], ours: list[str], source: str) -> None:
+    """Gives a dataset's labels the order of a classifier's classes.
+
+    Raises:
+        UserError: they are others.
+    """
+    if theirs == ours:
+        return
+    if twice := sorted({name for name in theirs if theirs.count(name) > 1}):
+        raise UserError(f"classes named twice cannot be told apart: {few(twice)}")
+    if odd := sorted(set(theirs) ^ set(ours)):
+        where = [f"{name} ({'the data' if name in ours else source})" for name in odd[:5]]
+        raise UserError(f"{len(odd)} classes are in one only: {', '.join(where)}")
+    base = getattr(dataset, "dataset", dataset)  # of which it may be a part
+    order = np.array([*map(theirs.index, ours), -1], np.int32)
+    for part in {id(data): data for data in (base, dataset)}.values():
+        part.targets, part.classes = order[labels_of(part)], theirs
+
+
 def name_of(dataset: Dataset, index: int) -> str:
     """An image's file if the dataset names it, else its number."""
     return dataset.name(index) if hasattr(dataset, "name") else f"image {index}"
@@ -98,8 +126,8 @@ def name_of(dataset: Dataset, index: int) -> str:
 
 def in_order(classes: Iterable[str]) -> list[str]:
     """Sorted: numbers by their values, texts by their letters."""
-    key = int if all(name.isdecimal() for name in classes) else None
-    return sorted(classes, key=key)
+    numbers = all(name.isdecimal() for name in classes)
+    return sorted(classes, key=lambda name: (int(name), name) if numbers else name)
 
 
 def few(names: list[str]) -> str:

@@ -174,13 +174,15 @@ def _classes_words(data: Source, labels: np.ndarray) -> str:
     counts = np.zeros(len(data.classes) + 1, np.int64)  # the last for those without a label
     for some in np.array_split(labels, len(labels) // SOME + 1):
         counts += np.bincount(some % len(counts), minlength=len(counts))
-    names = {name: int(n) for name, n in zip(data.classes, counts, strict=False) if n}
-    least, most = min(names, key=names.get), max(names, key=names.get)
+    found = [(int(n), name) for name, n in zip(data.classes, counts, strict=False) if n]
+    if not found:
+        return ", without labels"
+    least, most = (pick(found, key=lambda pair: pair[0]) for pick in (min, max))
     empty = f", {len(data.empty)} more without images" if data.empty else ""
-    if names[least] == names[most]:
-        return f" in {len(names)} classes of {names[least]:,}{empty}"
-    span = f"{names[least]:,} ({least}) to {names[most]:,} ({most})"
-    return f" in {len(names)} classes, {span}{empty}"
+    if least[0] == most[0]:
+        return f" in {len(found)} classes of {least[0]:,}{empty}"
+    span = f"{least[0]:,} ({least[1]}) to {most[0]:,} ({most[1]})"
+    return f" in {len(found)} classes, {span}{empty}"
 
 
 def _measure(args: argparse.Namespace, dataset: Dataset) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 from collections import Counter
 from io import BytesIO
 from types import ModuleType
@@ -38,25 +39,46 @@ class Table(Source):
             raise UserError(f"{where}: no column of images; it has {', '.join(features)}")
         self.where = f"{where} ({', '.join(n for n in (self.column, self.label) if n)})"
         self.left_out = Counter()
-        self._read_labels(rows, features)
-        rows = rows.select_columns([self.column]).with_format(None)
-        self.rows = rows.cast_column(self.column, datasets.Image(decode=False))
+        try:
+            self._read_labels(rows, features)
+            images = rows.select_columns([self.column]).with_format(None)
+            self.rows = images.cast_column(self.column, datasets.Image(decode=False))
+        except UserError:
+            raise
+        except Exception as error:  # of any class: pyarrow's, datasets's
+            raise UserError(f"{where}: column {self.column}: {_line(error)}") from None
 
     def _read_labels(self, rows: Any, features: dict[str, Any]) -> None:
         self.classes, self.targets = [""], np.zeros(len(rows), np.int32)
         if self.label is None:
             return
-        values = np.asarray(rows.with_format("arrow")[self.label])
-        if names := getattr(features[self.label], "names", None):
-            self.classes = list(names)
-        elif values.dtype.kind in "iuUOSb":
-            values = values.astype(str)
-            self.classes = in_order(np.unique(values).tolist())
-            numbers = {name: number for number, name in enumerate(self.classes)}
-            values = np.array([numbers[value] for value in values.tolist()], np.int32)
+        feature, values = features[self.label], rows.with_format("arrow")[self.label].to_pylist()
+        known = [value for value in values if value is not None]
+        if names := getattr(feature, "names", None):
+            self.classes, numbers = list(names), {n: n for n in range(len(names))}
+        elif all(isinstance(value, int | str) for value in known):
+            names = in_order({str(value) for value in known if str(value) not in ("-1", "")})
+            self.classes = names or [""]
+            numbers = {name: number for number, name in enumerate(names)}
+            values = [None if value is None else str(value) for value in values]
         else:
-            raise UserError(f"{self.where}: labels are of type {features[self.label]}")
-        self.targets = np.nan_to_num(values.astype(np.float64), nan=-1).astype(np.int32)
+            logger.info(f"{self.where}: {self.label} is of type {feature}: not used as classes")
+            return
+        self.targets = np.array([numbers.get(value, -1) for value in values], np.int32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"rows": pickle.dumps(self.rows)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        try:
+            self.rows = pickle.loads(state["rows"])
+        except OSError as error:
+            where = f"{error.filename}: every machine must see this cache (HF_DATASETS_CACHE)"
+            raise UserError(where) from None
+
+    def identity(self) -> str:
+        return self.rows._fingerprint
 
     def content(self, index: int) -> tuple[str | BytesIO, str]:
         cell = self.rows[int(index)][self.column]
@@ -108,22 +130,35 @@ def open_hub(data_path: str, train: bool | None) -> Table | None:
     """
     datasets = import_datasets()
     name, _, config = data_path.removeprefix(HUB).partition(":")
+    if not name:
+        raise UserError(f"--data_path {data_path}: hf:NAME or hf:NAME:CONFIG")
     try:
-        saved = os.path.exists(os.path.join(name, "dataset_dict.json"))  # by `save_to_disk`
-        tables = datasets.load_from_disk(name) if saved else {}
-        splits = list(tables or datasets.get_dataset_split_names(name, config or None))
-        chosen = next((split for split in SPLITS[train] if split in splits), None)
-        if chosen is None and train is not False and len(splits) == 1:
-            (chosen,) = splits
-        if chosen is None:
-            logger.info(f"{data_path} has {', '.join(splits)}")
+        tables = _saved(name)
+        names = list(tables or datasets.get_dataset_split_names(name, config or None))
+        chosen = [split for split in SPLITS[train] if split in names][:1]
+        if train is None or (train and len(names) == 1):
+            chosen = names
+        if not chosen:
+            logger.info(f"{data_path} has {', '.join(names)}")
             return None
-        rows = (
-            tables[chosen] if saved else datasets.load_dataset(name, config or None, split=chosen)
-        )
+        parts = [
+            tables[split] if tables else datasets.load_dataset(name, config or None, split=split)
+            for split in chosen
+        ]
+        rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     except Exception as error:  # of any class
         raise UserError(f"--data_path {data_path}: {_line(error)}") from None
-    return Table(rows, f"{data_path}, {chosen}")
+    return Table(rows, f"{data_path}, {' and '.join(chosen)}")
+
+
+def _saved(folder: str) -> dict[str, Any]:
+    """The splits that `save_to_disk` wrote; none where it did not."""
+    datasets = import_datasets()
+    if os.path.exists(os.path.join(folder, "dataset_dict.json")):
+        return dict(datasets.load_from_disk(folder))
+    if os.path.exists(os.path.join(folder, "state.json")):
+        return {"all": datasets.load_from_disk(folder)}
+    return {}
 
 
 def _line(error: BaseException) -> str:

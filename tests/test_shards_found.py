@@ -1,0 +1,273 @@
+"""What a stranger found wrong with archives, and must not come back."""
+
+import errno
+import io
+import logging
+import os
+import pickle
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_main, the_error, write_shards
+from PIL import Image
+from test_shards import picture, shades, tar_of
+
+import main_pretrain
+import util.data.shards
+import util.shards
+from util.args import pretrain_parser
+from util.data.index import Index, Strings
+from util.data.loader import train_loader
+from util.data.order import SeededDataset
+from util.data.source import in_order
+from util.datasets import open_dataset, open_labelled
+from util.errors import UserError
+
+
+def labelled(labels: dict[str, int], folder: str = "") -> dict[str, bytes]:
+    """Images by name, each of its own shade, with .cls."""
+    files = {}
+    for shade, (name, label) in enumerate(labels.items()):
+        files |= {f"{folder}{name}.png": picture(shade), f"{folder}{name}.cls": b"%d" % label}
+    return files
+
+
+def test_a_read_only_folder_is_no_error(tmp_path, monkeypatch):
+    """The kernel refuses even to remove what is not there."""
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    index = Index(Strings.pack(["a"]).named("names"), {"id": "x"})
+    monkeypatch.setattr("util.data.index.save_file", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    assert index.write(tmp_path / "a.safetensors") is False
+
+
+def test_classes_of_both_splits_have_one_order(tmp_path):
+    for split, names in (("train", "a\nb\n"), ("val", "b\na\n")):
+        (tmp_path / split).mkdir()
+        tar_of(tmp_path / split / "0.tar", labelled({"0": 0, "1": 0, "2": 1}))
+        (tmp_path / split / "classes.txt").write_text(names)
+    train, val, _ = open_labelled(str(tmp_path))
+    assert [train.classes[label] for label in train.targets] == ["a", "a", "b"]
+    assert train.classes == val.classes
+    assert val.targets.tolist() == [1, 1, 0]
+
+
+def test_classes_without_images_keep_their_numbers(tmp_path):
+    for split, labels in (("train", [0, 1, 2]), ("val", [0, 2, 2])):
+        (tmp_path / split).mkdir()
+        names = {str(i): label for i, label in enumerate(labels)}
+        tar_of(tmp_path / split / "0.tar", labelled(names))
+        (tmp_path / split / "classes.txt").write_text("a\nb\nc\n")
+    _, val, classes = open_labelled(str(tmp_path))
+    assert (classes, val.targets.tolist(), val.empty) == (3, [0, 2, 2], ["b"])
+
+
+def test_a_damaged_image_in_a_zip_is_replaced(flags, tmp_path, capsys):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(32):
+            archive.writestr(f"{i:02d}.bmp", picture(i, "BMP", 16))
+        place = archive.getinfo("07.bmp").header_offset + 30 + 6 + 4
+    content = bytearray(path.read_bytes())
+    content[place : place + 8] = b"\xff" * 8
+    path.write_bytes(content)
+    flags = [*flags, "--data_path", path, "--epochs", 1]
+    assert run_main(main_pretrain, *flags) == 0
+    assert "a.zip: 07.bmp' is not readable" in capsys.readouterr().out
+
+
+def test_an_archive_of_the_same_size_is_told_by_its_time(tmp_path):
+    path = tar_of(tmp_path / "a.tar", labelled({"0": 0, "1": 1}))
+    dataset = open_dataset(str(path), train=True)
+    util.data.shards._opened.cache_clear()
+    size = path.stat().st_size
+    tar_of(path, {f"{i}.png": picture(9 - i) for i in range(2)} | {"x.cls": b"0", "y.cls": b"1"})
+    os.utime(path, ns=(0, 0))
+    assert path.stat().st_size == size
+    with pytest.raises(Exception, match="has changed since it was indexed"):
+        dataset[0]
+
+
+def test_a_tar_of_a_folder_has_what_the_folder_has(tmp_path):
+    folder = tmp_path / "in"
+    names = ["a/a.png", "a/a.bmp", "a/img.png", "a/img.edited.png", "b/1.PNG", "b/1.png"]
+    for shade, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture(shade, "BMP" if name.endswith("bmp") else "PNG"))
+    (folder / "README.txt").write_text("words")
+    os.link(folder / "a/a.png", folder / "b/linked.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(folder, arcname=".")
+    dataset = open_dataset(str(tmp_path / "a.tar"), train=True)
+    assert sorted(shades(dataset)) == list(range(6))
+    assert dataset.left_out["links"] == 1
+    assert dataset.classes == ["a", "b"]
+
+
+def test_splits_in_labelled_tars_are_splits(tmp_path):
+    files = labelled({"0": 0, "1": 1, "2": 0}, "train/") | labelled({"3": 1, "4": 0}, "val/")
+    path = tar_of(tmp_path / "a.tar", files)
+    train, val, classes = open_labelled(str(path))
+    assert (len(train), len(val), classes) == (3, 2, 2)
+    assert [Path(val.name(i).split(": ")[1]).name for i in range(2)] == ["3.png", "4.png"]
+    assert train.groups.tolist() == [3]
+
+
+def test_archives_that_no_split_names_are_told(tmp_path, caplog):
+    for name in ("train-0", "extra-1", "val-0"):
+        tar_of(tmp_path / f"{name}.tar", {"0.png": picture(0)})
+    assert len(open_dataset(str(tmp_path), train=True)) == 1
+    assert f"warning: not used, as no split's: {tmp_path}/extra-1.tar" in caplog.text
+
+
+def test_labels_that_a_first_json_lacks_are_found(tmp_path):
+    files = {"0.png": picture(0), "0.json": b"{}"}
+    for i in range(1, 4):
+        files |= {f"{i}.png": picture(i), f"{i}.json": b'{"label": %d}' % (i % 2)}
+    dataset = open_dataset(str(tar_of(tmp_path / "a.tar", files)), train=True)
+    assert dataset.targets.tolist() == [-1, 1, 0, 1]
+
+
+def test_minus_one_is_no_label(tmp_path):
+    path = tar_of(tmp_path / "a.tar", labelled({"0": -1, "1": 10, "2": 2}))
+    dataset = open_dataset(str(path), train=True)
+    assert (dataset.classes, dataset.targets.tolist()) == (["2", "10"], [-1, 1, 0])
+
+
+def test_numbers_written_differently_are_in_one_order():
+    assert in_order({"1", "001", "01", "2"}) == ["001", "01", "1", "2"]
+
+
+def test_other_ranks_map_the_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(util.data.shards, "WORTH_KEEPING", 1)
+    monkeypatch.setattr("util.data.index.SENT_WHOLE", 0)
+    path = tar_of(tmp_path / "a.tar", labelled({str(i): i % 3 for i in range(500)}))
+    dataset = open_dataset(str(path), train=True)
+    sent = pickle.dumps(dataset)
+    assert len(sent) < 2000
+    again = pickle.loads(sent)
+    assert again.targets.tolist() == dataset.targets.tolist()
+    assert again.name(7) == dataset.name(7)
+    (index,) = tmp_path.glob("can-index-*")
+    dataset.index.write(index)  # by another run, at the same time
+    assert len(pickle.loads(sent)) == 500
+    index.unlink()
+    with pytest.raises(UserError, match="every machine must see this file"):
+        pickle.loads(sent)
+
+
+def test_folders_are_sent_as_their_index(photos):
+    dataset = open_dataset(str(photos), train=True)
+    again = pickle.loads(pickle.dumps(dataset))
+    assert [again.name(i) for i in range(48)] == [dataset.name(i) for i in range(48)]
+    assert (again.classes, again.where) == (dataset.classes, dataset.where)
+
+
+def window_of(path: Path, *flags: str) -> int:
+    args = pretrain_parser().parse_args(["--data_path", "x", "--batch_size", "4", *flags])
+    data = SeededDataset(open_dataset(str(path), train=True), lambda image: 0, 0)
+    return train_loader(data, args, torch.device("cpu"), num_workers=0).sampler.window
+
+
+def test_shards_of_one_class_each_are_not_windowed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("util.data.loader.WINDOW", 7)
+    caplog.set_level(logging.INFO)
+    for kind in ("sorted", "mixed"):
+        (tmp_path / kind).mkdir()
+        for n in range(4):
+            labels = {str(i): n if kind == "sorted" else i % 4 for i in range(8)}
+            tar_of(tmp_path / kind / f"{n}.tar", labelled(labels))
+
+    for kind, window in (("mixed", 7), ("sorted", 0)):
+        assert window_of(tmp_path / kind) == window
+    assert "shards hold one class each: all images are shuffled at once" in caplog.text
+    assert window_of(tmp_path / "sorted", "--shuffle_window", "9") == 9
+
+
+def test_written_shards_have_endings_that_are_read(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "photo").write_bytes(picture(1, "JPEG"))
+    (folder / "b").write_bytes(picture(2))
+    dataset = open_dataset(str(write_shards(folder, tmp_path / "out", "--keep_order")), True)
+    assert [dataset.content(i)[1] for i in range(2)] == [".png", ".jpg"]
+
+
+def test_a_source_that_changed_is_noticed(photos, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "in")
+    out = write_shards(tmp_path / "in", tmp_path / "out")
+    first = next((tmp_path / "in/train/china").iterdir())
+    first.rename(first.with_name("new.jpg"))
+    words = ["--data_path", tmp_path / "in", "--out", out, "--shard_images", 10]
+    assert run_main(util.shards, *words) == 1
+    assert "holds other shards: train digest was" in the_error(capsys.readouterr().err)
+
+
+def test_a_damaged_manifest_and_unreadable_images_are_one_line(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/shards.json").touch()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jpg").write_bytes(b"no image")
+    words = ["--data_path", tmp_path / "in", "--max_side", 8]
+    assert run_main(util.shards, *words, "--out", tmp_path / "out") == 1
+    assert "shards.json is damaged" in the_error(capsys.readouterr().err)
+    assert run_main(util.shards, *words, "--out", tmp_path / "new") == 1
+    assert "none of the images of" in the_error(capsys.readouterr().err)
+
+
+def test_transparency_is_kept_and_named_datasets_are_made_smaller(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    image = Image.new("P", (64, 64), 3)
+    image.save(folder / "a.png", transparency=3)
+    out = write_shards(folder, tmp_path / "out", "--max_side", 32)
+    assert open_dataset(str(out), True).content(0)[0].read() == (folder / "a.png").read_bytes()
+    small = write_shards("digits", tmp_path / "digits", "--max_side", 4)
+    assert open_dataset(str(small), True)[0][0].size == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("list.txt", b"\xff\xfe", "list.txt: "),
+        ("list.txt", b"a.png\n", "not .tar, .zip, .parquet: "),
+    ],
+)
+def test_lists_that_are_none_are_one_line(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "a.png").write_bytes(picture(0))
+    with pytest.raises(UserError, match=words):
+        open_dataset(str(tmp_path / name), train=True)
+
+
+def test_archives_named_twice_are_read_once(tmp_path):
+    tar_of(tmp_path / "x.tar", {"0.png": picture(0)})
+    assert len(open_dataset(f"{tmp_path}/{{x,*}}.tar", train=True)) == 1
+
+
+def test_the_window_s_order_follows_the_seed():
+    from util.data.order import EpochSampler
+
+    groups = np.full(10, 10)
+    orders = [[i for _, i in EpochSampler(range(100), 4, seed, groups, 20)] for seed in (0, 1)]
+    assert orders[0] != orders[1]
+
+
+def test_sideways_deep_tiffs_are_upright_everywhere(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    values = (np.arange(24, dtype=np.uint16) * 2000).reshape(4, 6)
+    tifffile.imwrite(tmp_path / "a.tif", values, extratags=[(274, "H", 1, 6, True)])
+    from util.data.images import open_image, to_8_bits
+
+    path = to_8_bits(open_image(str(tmp_path / "a.tif")), "L")
+    content = io.BytesIO((tmp_path / "a.tif").read_bytes())
+    assert np.array_equal(path, to_8_bits(open_image(content, "a.tif"), "L"))
+    assert path.size == (4, 6)
