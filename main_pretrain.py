@@ -28,7 +28,7 @@ from util.data.survey import inherit_pixels, settle_pixels
 from util.data.transforms import eval_transform_of
 from util.datasets import open_dataset, open_labelled
 from util.distributed import from_rank_zero, init_distributed_mode, is_main_process
-from util.features import encoder_knn
+from util.features import encode, knn_accuracy
 from util.misc import seed_all
 from util.precision import Precision
 from util.run.checkpoint import load_published
@@ -36,7 +36,7 @@ from util.run.launch import launch, session
 from util.run.logs import describe_run, log_to_console
 from util.run.run import Run
 from util.run.training import Training
-from util.visualize import PREVIEW_IMAGES, preview_images, reconstruction_grid
+from util.visualize import PREVIEW_IMAGES, neighbour_grid, preview_images, reconstruction_grid
 from util.weights import start_from
 from util_contrastive import two_crops
 
@@ -76,14 +76,31 @@ def main(args: Namespace) -> None:
         stats = train_one_epoch(training, args, epoch)
         tests = {}
         if args.eval_freq and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
-            tests["knn_acc1"] = encoder_knn(model.features, images, val, args, precision, run.poll)
-            logger.info(f"epoch {epoch}: kNN top-1 {tests['knn_acc1']:.2f} %")
+            tests = look_at_features(training, images, val, epoch)
         training.log.add_epoch(epoch, stats, tests)
         if model.reconstruct and is_main_process():
             grid = reconstruction_grid(model, preview.to(device), args.mask_ratio, Pixels.of(args))
             training.log.add_image("reconstruction", grid, epoch)
         run.save(epoch)
     training.log.close()
+
+
+def look_at_features(
+    training: Training, images: Dataset, val: Dataset, epoch: int
+) -> dict[str, float]:
+    """The kNN accuracy of the encoder's features; nearest neighbours go to TensorBoard."""
+    args, model = training.args, training.model.module
+    train, test = (
+        encode(model.features, part, args, training.precision, training.run.poll)
+        for part in (images, val)
+    )
+    accuracy = knn_accuracy(train, test)
+    logger.info(f"epoch {epoch}: kNN top-1 {accuracy:.2f} %")
+    if is_main_process():
+        transform, pixels = eval_transform_of(args), Pixels.of(args)
+        grid = neighbour_grid(images, train.features, transform, pixels)
+        training.log.add_image("neighbours", grid, epoch)
+    return {"knn_acc1": accuracy}
 
 
 def open_images(args: Namespace) -> tuple[Dataset, Dataset | None, int | None]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 import main_linprobe
 from model_mae import mae_vit_tiny_patch16
-from util import export, shards, visualize
+from util import embed, export, shards, visualize
 from util.args import finetune_parser, linprobe_parser, pretrain_parser
 from util.run import checkpoint
 from util.slurm.flags import job_parser
@@ -25,6 +25,7 @@ LENGTHS = {
     "FINETUNE.md": 130,
     "CONTRIBUTING.md": 40,
     "docs/DATA.md": 80,
+    "docs/TASK.md": 50,
     "docs/SLURM.md": 80,
     "docs/RESUMING.md": 60,
     "docs/DIFFERENCES.md": 30,
@@ -42,6 +43,7 @@ PARSERS = {
     "util.visualize": visualize.get_args_parser,
     "util.export": export.get_args_parser,
     "util.shards": shards.get_args_parser,
+    "util.embed": embed.get_args_parser,
 }
 OPTIONAL = {"tifffile", "datasets", "matplotlib", "webdataset", "transformers", "pytest", "ruff"}
 LAUNCHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts"}

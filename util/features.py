@@ -102,15 +102,3 @@ def knn_accuracies(
             correct[i] += (votes.argmax(dim=1) == answer).sum()
     shares = (100 * sum_over_ranks(correct) / len(val)).tolist()
     return dict(zip(ks, shares, strict=True))
-
-
-def encoder_knn(
-    encoder: Callable[[Tensor], Tensor],
-    train: Dataset,
-    val: Dataset,
-    args: argparse.Namespace,
-    precision: Precision,
-    poll: Poll | None = None,
-) -> float:
-    """Top-1 accuracy in percent on the images of `val`, with those of `train` as neighbours."""
-    return knn_accuracy(*(encode(encoder, part, args, precision, poll) for part in (train, val)))

@@ -159,6 +159,25 @@ def draw_neighbours(args: argparse.Namespace) -> str:
     return f"{len(rows)} images, and the nearest of {len(imgs)} by the mean over patches"
 
 
+def neighbour_grid(
+    dataset: Dataset, features: Tensor, transform: Callable, pixels: Pixels
+) -> Tensor:
+    """A uint8 picture [3, H', W'] of some images of a dataset, each with its nearest.
+
+    Args:
+        features: [M, D], of all of them.
+    """
+    data = SeededDataset(dataset, transform, seed=0)
+    queries = spread(PREVIEW_IMAGES, len(data))
+    near = neighbours(features.cpu(), queries)
+    rows = [
+        [to_image(data[0, i][0], pixels) for i in (query, *others)]
+        for query, others in zip(queries, near, strict=True)
+    ]
+    picture = sheet(rows, ["image", *(f"nearest {n}" for n in range(1, len(rows[0])))])
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
 def draw_pca(args: argparse.Namespace) -> str:
     encoder, imgs, pixels = encoder_and_images(args, args.images)
     colours = components(encoder, imgs)
