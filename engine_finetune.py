@@ -26,6 +26,7 @@ from util.distributed import (
     max_over_ranks,
     sum_over_ranks,
 )
+from util.errors import UserError
 from util.features import Features, encode
 from util.layouts import settle_grid
 from util.misc import seed_all
@@ -114,6 +115,8 @@ def open_images(
     if args.predict:
         heads = [t for name, t in state["model"].items() if re.fullmatch(r"head\.(1\.)?bias", name)]
         numbers = [str(number) for number in range(len(heads[0]) if heads else 0)]
+        if not numbers:
+            raise UserError(f"{args.resume} holds no classifier: it was pretrained alone")
         return None, open_dataset(args.predict, None, args.output_dir), known or numbers
     if args.eval and not args.val_fraction:
         train, val = None, open_dataset(args.data_path, False, args.output_dir, args.labels)
@@ -211,7 +214,7 @@ def tally(
         with precision.autocast():
             logits = model(inputs)
         if see:
-            see(logits)
+            see(logits, loader.replaced)
         loss = F.cross_entropy(logits.float(), labels, reduction="none").double().sum()
         classes = logits.shape[1]
         top5 = logits.topk(min(TOP, classes)).indices == labels[:, None]
@@ -252,7 +255,7 @@ def predict(model: nn.Module, loader: DeviceLoader, precision: Precision, see: S
     model.eval()
     for images, _ in loader:
         with precision.autocast():
-            see(model(images))
+            see(model(images), loader.replaced)
     loader.report_bad()
 
 
@@ -263,7 +266,8 @@ def report(task: Task) -> None:
     if args.predict:
         predict(task.model, task.val_loader, task.precision, found.add)
     else:
-        counts = tally(task.model, task.val_loader, task.precision, see=found.add)
+        see = found.add if args.predictions else None
+        counts = tally(task.model, task.val_loader, task.precision, see=see)
         logger.info(summary(counts.scores()))
         if args.per_class:
             from_rank_zero(lambda: counts.write(args.per_class, classes))
@@ -305,8 +309,12 @@ def fit_grid(task: Task) -> None:
     train, val = (encode(encoder, part, args, precision) for part in (task.train, task.val))
     held = torch.from_numpy(held_out(train.labels.cpu().numpy(), HELD_OUT)).to(device)
     rest = Features(train.features[~held], train.labels[~held]).cpu()
+    if not held.any():
+        raise UserError("--blr auto: classes of one image each leave none to choose by")
     task.model.head = heads = GridHeads(task.model.embed_dim, classes).to(device)
-    optimizer = torch.optim.SGD(heads.parameters(), lr=args.lr, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        heads.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay
+    )
     run.resume(task.model, optimizer=optimizer, scaler=precision.scaler)
     loader = train_loader(rest, args, device, num_workers=0)
     training = Training(heads, loader, optimizer, precision, args, run)

@@ -50,7 +50,7 @@ def main(args: Namespace) -> None:
     device = init_distributed_mode(args)
     log_to_console()
     run = Run(args)
-    start = load_published(args.init) if args.init else {}
+    start = load_published(args.init) if args.init and not run.resumed else {}
     inherit_pixels(args, start.get("args", {}), args.init)
     images, val, _ = from_rank_zero(lambda: open_images(args))
     run.data = settle_pixels(args, train=images, val=val)
@@ -67,7 +67,7 @@ def main(args: Namespace) -> None:
     describe_objective(args, model)
 
     run.resume(model, optimizer=optimizer, scaler=precision.scaler)
-    if start and run.epoch == run.step == 0:
+    if start:
         start_from(model, start["model"], args.init, start.get("args"))
     training = Training(model, loader, optimizer, precision, args, run)
     describe_run(args, model, precision, training.steps)

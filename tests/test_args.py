@@ -58,7 +58,7 @@ FINETUNE_FLAGS = SUPERVISED_FLAGS | {
 
 LINPROBE_FLAGS = SUPERVISED_FLAGS | {
     "batch_size": 512, "blr": 0.1, "cache_features": False, "epochs": 90, "global_pool": False,
-    "knn": False, "min_lr": 0.0, "warmup_epochs": 10, "weight_decay": 0.0,
+    "grid": False, "knn": False, "min_lr": 0.0, "warmup_epochs": 10, "weight_decay": 0.0,
 }  # fmt: skip
 
 

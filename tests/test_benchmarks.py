@@ -6,7 +6,6 @@ from conftest import ROOT, python
 SMALL = "--model mae_vit_tiny_patch16 --batch_size 1 --objectives CAN"
 COMMANDS = {
     "loader.py --profile": "torchvision's recipe",
-    f"train_step.py {SMALL} --precisions bf16": "CAN bf16",
     f"train_step.py {SMALL} --precisions fp32 --profile": "CAN fp32",
     "nt_xent.py --smallest 6 --largest 7 --largest_plain 6": "128",
     "end_to_end.py --steps 2 --batch_size 2": "mae_vit_tiny_patch16",

@@ -88,7 +88,7 @@ def test_either_pool_can_be_chosen(pool, part, weights, photos, expected, tmp_pa
 def test_processes_share_the_images(weights, photos, expected, tmp_path):
     words = ["--checkpoint", weights, "--data_path", photos / "val", "--out", tmp_path / "a.npz"]
     words += ["--input_size", 32, "--precision", "fp32", "--num_workers", 1, "--pool", "both"]
-    done = python("-m", "util.embed", *map(str, words), "--device", "cpu", processes=3)
+    done = python("-m", "util.embed", *map(str, words), "--device", "cpu", processes=2)
     assert done.returncode == 0, done.stderr
     numbers, files, _ = read(tmp_path / "a.npz")
     np.testing.assert_allclose(numbers, expected, rtol=1e-3, atol=1e-4)
@@ -124,3 +124,26 @@ def test_what_cannot_be_written_leaves_nothing(weights, photos, tmp_path, capsys
     assert embedded(weights, photos / "val", tmp_path / "a.npz") == 1
     assert "cannot write" in the_error(capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_unreadable_images_have_no_embedding(weights, photos, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for i, file in enumerate(sorted(photos.glob("*/*/*.jpg"))):
+        (tmp_path / f"in/{i:03d}.jpg").write_bytes(file.read_bytes() if i != 3 else b"no image")
+    assert embedded(weights, tmp_path / "in", tmp_path / "a.npz") == 0
+    assert "1 images are not readable: their embeddings are NaN" in capsys.readouterr().out
+    missing = np.isnan(np.load(tmp_path / "a.npz")["embeddings"]).all(axis=1)
+    assert missing.tolist() == [i == 3 for i in range(64)]
+
+
+def test_an_input_size_fits_the_patches(weights, photos, tmp_path, capsys):
+    words = ["--checkpoint", weights, "--data_path", photos, "--out", tmp_path / "a.npz"]
+    assert run_main(embed, *words, "--input_size", 40, "--device", "cpu") == 1
+    assert "40 is not a multiple of the patch size 16" in the_error(capsys.readouterr().err)
+
+
+def test_a_named_dataset_is_embedded_whole(weights, tmp_path):
+    assert embedded(weights, "digits", tmp_path / "a.npz", "--batch_size", 256) == 0
+    found = np.load(tmp_path / "a.npz")
+    assert found["embeddings"].shape == (1797, 192)
+    assert len(set(found["labels"].tolist())) == 10

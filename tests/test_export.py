@@ -94,7 +94,7 @@ def _other_width(weights):
         (_headless, "it has no norm.weight"),
         (_placeless, "has no usable pos_embed"),
         (_other_width, "an unknown size: width 100, depth 12"),
-        (dict.clear, "holds no model"),
+        (dict.clear, "holds no encoder"),
     ],
 )
 def test_what_is_no_encoder_is_refused(spoil, words, tmp_path, capsys):

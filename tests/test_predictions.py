@@ -197,3 +197,24 @@ def test_flags_that_lack_others_are_one_line(flags, words, capsys):
         main_finetune.get_args_parser().parse_args(flags)
     assert end.value.code == 2
     assert words in the_error(capsys.readouterr().err)
+
+
+def test_unreadable_images_get_no_prediction(data, trained, tmp_path):
+    for i in range(120):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 20, 20)).save(tmp_path / f"new/{i:03d}.png")
+    (tmp_path / "new/005.png").write_bytes(b"no image")
+    words = [*TINY_VIT, "--resume", trained / "checkpoint-last.pth", "--output_dir", ""]
+    words += ["--predictions", tmp_path / "p.csv", "--predict", tmp_path / "new"]
+    assert run_main(main_linprobe, *words) == 0
+    rows = table(tmp_path / "p.csv")
+    assert (rows[5]["class_1"], rows[5]["probability_3"]) == ("", "")
+    assert all(row["class_1"] for i, row in enumerate(rows) if i != 5)
+
+
+def test_weights_without_a_classifier_predict_nothing(tmp_path, capsys):
+    torch.save({"model": {"patch_embed.proj.weight": torch.zeros(2, 3, 4, 4)}}, tmp_path / "a.pth")
+    words = [*TINY_VIT, "--predict", tmp_path, "--resume", tmp_path / "a.pth"]
+    words += ["--predictions", tmp_path / "p.csv", "--output_dir", ""]
+    assert run_main(main_linprobe, *words) == 1
+    assert "holds no classifier: it was pretrained alone" in the_error(capsys.readouterr().err)

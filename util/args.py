@@ -121,7 +121,7 @@ def supervised_flags() -> argparse.ArgumentParser:
     add = parser.add_argument_group("classifier").add_argument
     add_model(add, "vit_")
     add("--finetune", default="", metavar="PATH|URL",
-        help="the encoder's weights: a checkpoint of CAN or MAE, or timm's; if not given, random")
+        help="the encoder's weights: ours, MAE's, timm's, Hugging Face's, ...; else random")
     add("--global_pool", action="store_true",
         help="classify the mean over patches (the default of fine-tuning)")
     add("--cls_token", action="store_false", dest="global_pool",
@@ -133,10 +133,10 @@ def supervised_flags() -> argparse.ArgumentParser:
     add("--class_weights", choices=("balanced",),
         help="of the training loss: each class counts as much as any other, however many images")
     add("--eval", action="store_true", help="evaluate the weights of --resume, and stop")
-    add("--predict", default="", metavar="FOLDER", help="classify all images of a folder, shards, "
-        "... by the weights of --resume into --predictions, and stop")
+    add("--predict", default="", metavar="FOLDER",
+        help="classify all images of a folder by --resume's weights into --predictions, and stop")
     add("--predictions", default="", metavar="FILE.csv",
-        help="with --eval: each image's file, class and five most probable classes")
+        help="with --eval or --predict: each image's file and five most probable classes")
     add("--per_class", default="", metavar="FILE.csv", help="with --eval: each class's accuracy")
     add("--dist_eval", action="store_true",
         help="share the validation images among the processes; otherwise each evaluates all")
@@ -221,8 +221,7 @@ def linprobe_parser() -> Parser:
     parser.set_defaults(warmup_epochs=10)
     (blr,) = (action for action in parser._actions if action.dest == "blr")
     blr.type, blr.metavar = or_word(AMOUNT, "auto"), "BLR|auto"
-    blr.help += "; auto: 13 at once, on the cls token and on the mean over patches, of which a "
-    blr.help += "tenth of the training images chooses the best; with --cache_features"
+    blr.help += "; auto: 13 on both poolings at once, chosen by a tenth of the training images"
 
     add = parser.add_argument_group("probe").add_argument
     add("--cache_features", action="store_true",
@@ -311,9 +310,10 @@ def check_pretrain(args: argparse.Namespace) -> None:
 def check_supervised(args: argparse.Namespace) -> None:
     """Raises ValueError where flags of `supervised_flags` contradict each other."""
     check_common(args)
-    for flag in ("eval", "predict"):
+    if args.eval and args.predict:
+        raise ValueError("--eval and --predict: one at a time")
+    for flag, doing in (("eval", "to evaluate"), ("predict", "to predict by")):
         if getattr(args, flag) and args.resume in ("", "auto"):
-            doing = {"eval": "to evaluate", "predict": "to predict by"}[flag]
             raise ValueError(f"--{flag} needs the weights {doing}: --resume PATH or URL")
     if args.predict and not args.predictions:
         raise ValueError("--predict needs a file to write to: --predictions FILE.csv")

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from torchvision import datasets
 
 from util.data.image_folder import ImageFiles, find_split, left_out_words
@@ -91,6 +91,15 @@ class Transformed(Dataset):
         return read_image(self.dataset, index, self.transform)
 
 
+class Both(ConcatDataset):
+    """Training and validation images of a named dataset."""
+
+    def __init__(self, parts: list[Dataset]):
+        super().__init__(parts)
+        self.targets = np.concatenate([labels_of(part) for part in parts])
+        self.classes = classes_of(parts[0])
+
+
 def build_dataset(is_train: bool, args: argparse.Namespace) -> Dataset:
     """MAE's: (tensor, label) pairs of `--data_path`, transformed for fine-tuning.
 
@@ -122,7 +131,9 @@ def open_dataset(
         raise UserError(f"--labels is for a folder of images, and {data_path} has its own")
     if data_path in NAMED:
         try:
-            return NAMED[data_path](train is not False)
+            if train is None:
+                return Both([NAMED[data_path](part) for part in (True, False)])
+            return NAMED[data_path](train)
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot get the dataset {data_path}: {error}") from None
     try:

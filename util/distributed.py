@@ -121,8 +121,14 @@ def broadcast_buffers(model: torch.nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def gather_rows(rows: torch.Tensor, total: int) -> torch.Tensor:
-    """All ranks' rows, where rank r of W holds the rows r, r + W, ... of `total`."""
+def gather_rows(
+    rows: torch.Tensor, total: int, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
+    """All ranks' rows, where rank r of W holds the rows r, r + W, ... of `total`.
+
+    Args:
+        group: `host_group()` for rows that are on the host.
+    """
     world_size = get_world_size()
     if world_size == 1:
         return rows
@@ -130,5 +136,5 @@ def gather_rows(rows: torch.Tensor, total: int) -> torch.Tensor:
     padded = rows.new_zeros(most, *rows.shape[1:])
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(gathered, padded)
+    dist.all_gather(gathered, padded, group=group)
     return torch.stack(gathered, dim=1).flatten(0, 1)[:total]

@@ -77,6 +77,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: the name must end in {', '.join(WRITERS)}")
     if not args.data_path:
         raise UserError("the following arguments are required: --data_path")
+    if write is write_parquet:
+        import_pyarrow()  # before the work
     device = init_distributed_mode(args)
     log_to_console()
     vars(args).update(seed=0, output_dir="")
@@ -121,6 +123,7 @@ def embed(
             cls, mean = encoder(batch)
         found = {"cls": [cls], "mean": [mean], "both": [cls, mean]}[args.pool]
         found = torch.cat(found, dim=1).float().cpu().numpy()
+        found[np.array(loader.replaced, bool)] = np.nan
         rows[place : place + len(found) * get_world_size() : get_world_size()] = found
         place += len(found) * get_world_size()
         if (now := time.monotonic()) - shown > REPORT:
@@ -129,6 +132,8 @@ def embed(
             logger.info(f"{done:,} of {len(images):,} images, eta {left}")
     rows.flush()
     loader.report_bad()
+    if loader.bad:
+        logger.info(f"{len(loader.bad):,} images are not readable: their embeddings are NaN")
     if get_world_size() > 1:
         dist.barrier(host_group())
 
@@ -147,8 +152,8 @@ def finish(out: str, write: Callable, rows: str, images: Dataset) -> None:
     try:
         write(temporary, np.load(rows, mmap_mode="r"), Names(images))
         os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: names that are no text
+        raise UserError(f"cannot write {out}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -213,12 +218,18 @@ def write_table(path: Path, rows: np.ndarray, names: Names) -> None:
                 writer.writerow([*words, *(f"{value:.7g}" for value in row)])
 
 
-def write_parquet(path: Path, rows: np.ndarray, names: Names) -> None:
+def import_pyarrow() -> None:
+    """Raises UserError where it is not installed."""
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow.parquet  # noqa: F401
     except ImportError:
         raise UserError("--out ...parquet needs a library: pip install pyarrow") from None
+
+
+def write_parquet(path: Path, rows: np.ndarray, names: Names) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     kinds = [(name, pa.string()) for name in names.columns(range(0))]
     schema = pa.schema([*kinds, ("embedding", pa.list_(pa.float32(), rows.shape[1]))])
     with pq.ParquetWriter(path, schema) as writer:

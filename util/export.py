@@ -30,7 +30,7 @@ NORM_EPS, PROBE_EPS = 1e-6, 1e-6  # of the encoder's norms, and of the probe's B
 
 
 def get_args_parser() -> Parser:
-    parser = Parser(prog="util.export", description="Write a checkpoint's encoder for timm")
+    parser = Parser(prog="util.export", description="Write a checkpoint for timm, transformers")
     text = "path or URL; pretrained, probed or fine-tuned, of any layout that --init takes"
     parser.add_argument("--checkpoint", required=True, help=text)
     text = "a .safetensors file, of the encoder; or a folder, with the classifier if there is one"
@@ -95,12 +95,14 @@ def write_timm(path: Path, out: str, state: dict[str, Any], source: str) -> str:
     check_same(model.state_dict(), weights, source)
     model.load_state_dict(weights)
     pixels, (height, width) = Pixels.of(flags), image_size(weights, source, flags)
+    mode = {"squash": "squash", "pad": "border"}.get(flags.get("resize"), "center")
     model.pretrained_cfg |= {
         "input_size": (pixels.in_chans, height, width),
         "mean": pixels.mean,
         "std": pixels.std,
-        "crop_pct": 224 / 256 if max(height, width) <= 224 else 1.0,  # as in `eval_transform`
-        "crop_mode": {"squash": "squash", "pad": "border"}.get(flags.get("resize"), "center"),
+        # As in `eval_transform`.
+        "crop_pct": 224 / 256 if mode == "center" and max(height, width) <= 224 else 1.0,
+        "crop_mode": mode,
         "interpolation": "bicubic",
         "num_classes": arguments["num_classes"],
         "fixed_input_size": True,
@@ -120,9 +122,9 @@ def write_timm(path: Path, out: str, state: dict[str, Any], source: str) -> str:
 
 def classifier(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a head as one linear layer; a probe's standardisation becomes part of it."""
-    if "head.weight" in weights:
+    if "head.weight" in weights and weights["head.weight"].ndim == 2:
         return {f"head.{kind}": weights[f"head.{kind}"] for kind in ("weight", "bias")}
-    if "head.1.weight" not in weights:
+    if "head.0.running_var" not in weights:
         return {}
     scale = (weights["head.0.running_var"] + PROBE_EPS).rsqrt()
     matrix = weights["head.1.weight"] * scale
@@ -133,7 +135,7 @@ def classifier(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_transformers(path: Path, out: str, state: dict[str, Any], source: str) -> str:
     """A folder for ViTModel, or for ViTMAEForPreTraining of what was pretrained without noise."""
     flags = state.get("args", {})
-    weights, others = encoder_part(state["model"])
+    weights, _ = encoder_part(state["model"])
     arguments = timm_arguments(weights, source, flags)
     with torch.device("meta"):
         model = timm.create_model(**arguments)
@@ -156,7 +158,7 @@ def write_transformers(path: Path, out: str, state: dict[str, Any], source: str)
         "num_channels": size.proj.in_channels,
     }
     tensors = to_hugging_face(weights)
-    if "decoder" in others and flags.get("noise_loss") is False:
+    if is_plain_mae(state["model"], flags):
         tensors = {f"vit.{name}": tensor for name, tensor in tensors.items()}
         tensors |= decoder_of(state["model"])
         config |= decoder_config(state["model"], flags)
@@ -170,6 +172,15 @@ def write_transformers(path: Path, out: str, state: dict[str, Any], source: str)
     safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
     name = config["architectures"][0]
     return f"{len(tensors)} tensors; load with transformers.{name}.from_pretrained({out!r})"
+
+
+def is_plain_mae(weights: dict[str, Tensor], flags: dict[str, Any]) -> bool:
+    """Whether the decoder is one that ViTMAE has: without noise, its mask token as wide as it."""
+    known = any(name.startswith("noise_pe_mlp.") for name in weights)
+    noise = flags.get("noise_loss", known)
+    if noise or "decoder_pred.weight" not in weights:
+        return False
+    return weights["mask_token"].shape[-1] == weights["decoder_embed.weight"].shape[0]
 
 
 def decoder_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ PATCHES, CLS = (
 HUGGING_FACE = "embeddings.patch_embeddings.projection.weight"
 # Where files keep their weights, the best first: DINO's and iBOT's teacher is the better encoder.
 CONTAINERS = ("model", "state_dict", "teacher", "student", "model_ema", "state_dict_ema", "module")
-COPIES = ("momentum", "teacher", "target", "ema")  # of an encoder, which follow it in training
+# Of several encoders the first is taken: one of no such name, or the average that trains a student.
+COPIES = ("teacher", "student", "momentum", "target", "ema")
 KNOWN = (
     "ours, the CAN release's, MAE's, timm's; DINO's, iBOT's, MoCo v3's, Lightning's; and "
     "Hugging Face's ViT and ViTMAE"
@@ -29,6 +30,8 @@ KNOWN = (
 FOREIGN = {
     "ls1.gamma": "LayerScale",
     "dist_token": "a distillation token",
+    "embeddings.distillation_token": "a distillation token",
+    "layer_scale1": "LayerScale",
     "reg_token": "register tokens",
     "register_tokens": "register tokens",
     "relative_position_bias_table": "relative positions",
@@ -63,7 +66,8 @@ def find_weights(state: Any) -> dict[str, Tensor] | None:
     if not isinstance(state, dict):
         return None
     for found in (state, *(state.get(name) for name in CONTAINERS)):
-        pairs = found.items() if isinstance(found, dict) and found else [(None, None)]
+        empty = not isinstance(found, dict) or (not found and found is not state.get("model"))
+        pairs = [(None, None)] if empty else found.items()
         if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs):
             return found
     return None
@@ -89,8 +93,13 @@ def _below(
     weights: dict[str, Tensor], prefixes: list[str], source: str | Path, convert: Callable
 ) -> dict[str, Tensor]:
     """What stands below the best of an encoder's prefixes; the rest is told."""
-    prefixes.sort(key=lambda prefix: (any(copy in prefix for copy in COPIES), len(prefix)))
+    prefixes.sort(key=lambda prefix: (_rank(prefix), len(prefix)))
     prefix, *others = prefixes
+    mocos = prefix.endswith(("base_encoder.", "momentum_encoder."))
+    if mocos and weights[f"{prefix}{PATCHES}"].shape[0] == 384:
+        raise UserError(
+            f"{source}: MoCo v3's small ViT has 12 heads, which these models do not have"
+        )
     ours = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
     if prefix or others:
         also = f", not {', '.join(others)}" if others else ""
@@ -117,6 +126,11 @@ def settle_grid(state: dict[str, Any]) -> dict[str, Any]:
     return state | {"model": kept, "args": flags}
 
 
+def _rank(prefix: str) -> int:
+    words = re.split(r"[._]", prefix)
+    return max((rank for rank, copy in enumerate(COPIES, start=1) if copy in words), default=0)
+
+
 def from_hugging_face(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of ViTModel, ViTMAEModel, ViTMAEForPreTraining, ViTForImageClassification."""
     renamed: dict[str, Tensor] = {}
@@ -126,7 +140,11 @@ def from_hugging_face(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if not name.startswith(NOT_OURS):
             renamed[name] = tensor
     for name in [name for name in renamed if ".attn.query." in name]:
-        parts = [renamed.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        parts = [
+            renamed.pop(name.replace("query", part), None) for part in ("query", "key", "value")
+        ]
+        if any(part is None for part in parts):
+            raise UserError(f"{name}: without keys or values of its own, which these models have")
         renamed[name.replace("query", "qkv")] = torch.cat(parts)
     return renamed
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from util.data.source import labels_of, name_of
-from util.distributed import from_rank_zero, gather_rows
+from util.distributed import from_rank_zero, gather_rows, host_group
 from util.errors import UserError
 
 TOP = 5  # classes of each image
 TOP5_CLASSES = 6  # with fewer, the five best are all classes, or all but one
 
 
-See = Callable[[Tensor], None]  # what looks at each batch's logits
+See = Callable[[Tensor, list[bool]], None]  # looks at logits, and which images were replaced
 
 
 @dataclass
@@ -65,29 +65,35 @@ class Predictions:
     def __init__(self, dataset: Dataset, classes: list[str], share: bool, labelled: bool = True):
         self.dataset, self.classes, self.share, self.labelled = dataset, classes, share, labelled
         self._labels = labels_of(dataset) if labelled else None
-        self._rows: list[Tensor] = []
+        self._top = min(TOP, len(classes))
+        self._rows = [torch.zeros(0, 2 * self._top)]
 
-    def add(self, logits: Tensor) -> None:
-        """A batch, [N, K]."""
-        best = logits.float().softmax(dim=1).topk(min(TOP, logits.shape[1]))
-        self._rows.append(torch.cat([best.values, best.indices.float()], dim=1).cpu())
+    def add(self, logits: Tensor, replaced: list[bool]) -> None:
+        """A batch, [N, K]; nothing is said of images that others stood in for."""
+        best = logits.float().softmax(dim=1).topk(self._top)
+        rows = torch.cat([best.values, best.indices.float()], dim=1).cpu()
+        rows[torch.tensor(replaced, dtype=torch.bool)] = torch.nan
+        self._rows.append(rows)
 
     def write(self, path: str) -> None:
         """Writes them on rank 0, as a CSV; every rank calls it."""
         rows = torch.cat(self._rows)
-        rows = gather_rows(rows, len(self.dataset)) if self.share else rows
+        rows = gather_rows(rows, len(self.dataset), host_group()) if self.share else rows
         values, numbers = rows.chunk(2, dim=1)
         header = ["file", *["label"] * self.labelled]
         for place in range(1, values.shape[1] + 1):
             header += [f"class_{place}", f"probability_{place}"]
-        found = zip(values.tolist(), numbers.int().tolist(), strict=True)
+        found = zip(values.tolist(), numbers.nan_to_num(-1).int().tolist(), strict=True)
         from_rank_zero(lambda: write_csv(path, header, map(self._row, range(len(rows)), found)))
 
     def _row(self, index: int, found: tuple[list[float], list[int]]) -> list[str]:
         label = [self.classes[self._labels[index]]] if self.labelled else []
         best = zip(*found, strict=True)
-        words = [word for p, number in best for word in (self.classes[number], f"{p:.4f}")]
+        words = [word for p, number in best for word in self._words(p, number)]
         return [name_of(self.dataset, index), *label, *words]
+
+    def _words(self, probability: float, number: int) -> tuple[str, str]:
+        return ("", "") if number < 0 else (self.classes[number], f"{probability:.4f}")
 
 
 def write_csv(path: str, header: list[str], rows: Iterable[list]) -> None:

@@ -58,6 +58,7 @@ class DeviceLoader(DataLoader):
         num_workers: in place of the flag's.
     Attributes:
         bad: the images that were unreadable so far; the same on all ranks.
+        replaced: which of the last batch's images are others, in place of unreadable ones.
         _met: those that this rank has met since the last report, with the reasons.
     """
 
@@ -84,6 +85,7 @@ class DeviceLoader(DataLoader):
         )
         self.output_dir = args.output_dir
         self.bad: set[str] = set()
+        self.replaced: list[bool] = []
         self._met: dict[str, str] = {}
         self.device, self.finish = device, to_device if on_host or not finish else finish
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -120,6 +122,7 @@ class DeviceLoader(DataLoader):
         finally:
             _processes.update(set(multiprocessing.active_children()) - before)
         for inputs, labels, *bad in batches:
+            self.replaced = [bool(name) for names, _ in bad for name in names]
             for names, reasons in bad:  # as `SeededDataset` has them
                 self._met |= {n: why for n, why in zip(names, reasons, strict=True) if n}
             if self.stream is None:

@@ -20,6 +20,7 @@ EXTENSIONS = frozenset((
 ))  # fmt: skip
 # Names of training's and of validation's images, in any case; the first one found is taken.
 SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation", "test"), None: ()}
+LABELS = ("targets", "labels", "_labels")  # names that torchvision's datasets have for them
 SURE_SPLITS = {"val", "validation", "test", "training"}
 
 
@@ -89,8 +90,7 @@ class Part(Subset):
 
 def labels_of(dataset: Dataset) -> np.ndarray:
     """Every image's label; torchvision's datasets have three names for them."""
-    names = ("targets", "labels", "_labels")
-    return np.asarray(next(getattr(dataset, name) for name in names if hasattr(dataset, name)))
+    return np.asarray(next(getattr(dataset, name) for name in LABELS if hasattr(dataset, name)))
 
 
 def classes_of(dataset: Dataset) -> list[str]:
@@ -116,7 +116,10 @@ def match_classes(dataset: Dataset, theirs: list[str], ours: list[str], source: 
     base = getattr(dataset, "dataset", dataset)  # of which it may be a part
     order = np.array([*map(theirs.index, ours), -1], np.int32)
     for part in {id(data): data for data in (base, dataset)}.values():
-        part.targets, part.classes = order[labels_of(part)], theirs
+        labels = order[labels_of(part)]
+        name = next(name for name in LABELS if hasattr(part, name))
+        setattr(part, name, labels)
+        part.classes = theirs
 
 
 def name_of(dataset: Dataset, index: int) -> str:

@@ -39,6 +39,9 @@ def inherit_pixels(
         theirs, ours = flags.get(name), getattr(args, name)
         if theirs in (None, "dtype"):  # which the data decide
             continue
+        other = args.in_chans not in (None, flags.get("in_chans") or 3)
+        if other and name.startswith("pixel_"):  # of other channels
+            continue
         if ours in (None, "auto"):
             setattr(args, name, theirs)
             if ours == "auto":

@@ -4,6 +4,7 @@ import _codecs
 import argparse
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import pickle
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from util.distributed import from_rank_zero
 from util.errors import UserError
-from util.layouts import find_weights, settle_grid, to_ours
+from util.layouts import CONTAINERS, find_weights, settle_grid, to_ours
+from util.sizes import SIZES
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +106,32 @@ def load_published(source: str | Path) -> dict[str, Any]:
     Args:
         source: also a folder of Hugging Face's.
     """
-    for name in HUGGING_FACE_FILES if os.path.isdir(source) else ():
-        if os.path.exists(file := os.path.join(source, name)):
-            source = file
-    state = load(source)
-    state = settle_grid(state)
-    return state | {"model": to_ours(state["model"], source)}
+    folder, flags = source, {}
+    for name in HUGGING_FACE_FILES if os.path.isdir(folder) else ():
+        if os.path.exists(file := os.path.join(folder, name)):
+            source, flags = file, _beside(Path(folder))
+    state = settle_grid(load(source))
+    flags = state.get("args", flags)
+    return state | {"model": to_ours(state["model"], source), "args": flags}
+
+
+def _beside(folder: Path) -> dict[str, Any]:
+    """What Hugging Face's files beside the weights tell: how pixels are normalised.
+
+    Raises:
+        UserError: the model has another number of heads than ours of its width, or another kind.
+    """
+    found = []
+    for name in ("config.json", "preprocessor_config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads((folder / name).read_text()))
+    settings = {name: value for part in found for name, value in part.items()}
+    width, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
+    ours = {size.embed_dim: size.num_heads for size in SIZES.values()}
+    if heads and ours.get(width, heads) != heads:
+        raise UserError(f"{folder}: {heads} heads for width {width}, where ours have {ours[width]}")
+    names = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
+    return {ours: settings[theirs] for ours, theirs in names.items() if settings.get(theirs)}
 
 
 def _read(path: Path) -> Any:
@@ -159,7 +181,9 @@ def _checked(state: Any, source: str | Path) -> dict[str, Any]:
         state = {"model": state}
     model = find_weights(state)
     if model is None:
-        raise UserError(f"{source} holds no model: expected tensors by name, alone or as 'model'")
+        names = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else "no names"
+        wanted = f"expected tensors by name, alone or as {', '.join(CONTAINERS)}"
+        raise UserError(f"{source} holds no model: it has {names or 'nothing'}; {wanted}")
     state["model"] = {WRAPPERS.sub("", name): tensor for name, tensor in model.items()}
     if isinstance(state.get("args"), argparse.Namespace):
         state["args"] = vars(state["args"])

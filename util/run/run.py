@@ -49,6 +49,7 @@ class Run:
         offset: added to steps to place points in TensorBoard, where an epoch once had another
             number of steps.
         best: the highest score so far.
+        resumed: whether it goes on from a checkpoint.
         data, classes: what was opened, in words, by split; the classifier's classes, in its order.
         folder: of the checkpoints; None for none.
         _model, _states; _loader, _metrics: what is saved, registered by `resume` and `begin`.
@@ -91,6 +92,7 @@ class Run:
                     raise UserError(f"{self._source} is damaged: its {name} is {value!r}")
             if resume == "auto":
                 check_experiment(self._resumed, args, self._source)
+        self.resumed = bool(self._resumed)
         inherit_pixels(args, self._resumed.get("args", {}), self._source, resume == "auto")
         resolve(args, self._resumed)
 
