@@ -170,7 +170,7 @@ def one_index(options: argparse.Namespace) -> dict[str, float | str]:
         first = next(keys)
         seconds = time.perf_counter() - begin
         drawn = [first[1]] + [next(keys)[1] for _ in range((BATCHES - options.done) * BATCH - 1)]
-        rows = [int(images.index["offsets"][i]) + images._shard(i) for i in drawn]
+        rows = [int(images.index["offsets"][i]) + images._place(i)[0] for i in drawn]
     assert len(rows) == len(drawn)
     tail = np.array(drawn[-(BATCHES // 2) * BATCH :]).tobytes()
     memory = private(os.getpid())

@@ -74,7 +74,7 @@ def test_unreadable_checkpoint(fails, photos, tmp_path, content):
 def test_checkpoint_without_a_model(fails, photos, tmp_path):
     torch.save({"optimizer": {}}, tmp_path / "other.pth")
     line = fails("--data_path", photos, "--batch_size", 8, "--resume", tmp_path / "other.pth")
-    assert "holds no model: expected tensors by name" in line
+    assert "holds no model: it has optimizer; expected tensors by name" in line
 
 
 class Bomb:
