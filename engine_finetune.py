@@ -31,7 +31,7 @@ from util.features import Features, encode
 from util.layouts import settle_grid
 from util.misc import seed_all
 from util.precision import Precision
-from util.predictions import TOP, Predictions, See, Tally, balanced_weights
+from util.predictions import Predictions, See, Tally, balanced_weights, count
 from util.probe_grid import HELD_OUT, GridHeads, both_pools
 from util.run.checkpoint import load, load_published
 from util.run.interrupt import Poll, polled
@@ -83,7 +83,7 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
         args.global_pool = state.get("args", {}).get("global_pool", args.global_pool)
     inherit_pixels(args, state.get("args", {}), source)
     train, val, run.classes = from_rank_zero(lambda: open_images(args, state))
-    run.data = settle_pixels(args, **{"train": train} if train else {}, val=val)
+    run.data = settle_pixels(args, train=train, val=val)
     val_data = SeededDataset(val, eval_transform_of(args), args.seed)
     val_loader = eval_loader(val_data, args, device, share=args.dist_eval)
 
@@ -215,21 +215,11 @@ def tally(
             logits = model(inputs)
         if see:
             see(logits, loader.replaced)
-        loss = F.cross_entropy(logits.float(), labels, reduction="none").double().sum()
-        classes = logits.shape[1]
-        top5 = logits.topk(min(TOP, classes)).indices == labels[:, None]
-        counted = labels[top5[:, 0]], labels
-        counts = [torch.bincount(part, minlength=classes) for part in counted]
-        new = torch.cat([torch.stack([loss, top5.sum()]), *counts])
+        new = count(logits, labels)
         sums = F.pad(sums, (0, len(new) - len(sums))) + new
     loader.report_bad()
     size = max_over_ranks(len(sums))  # a process may have had no images
-    loss, top5, *counts = (
-        sum_over_ranks(F.pad(sums, (0, size - len(sums))))
-        .cpu()
-        .split([1, 1, size // 2 - 1, size // 2 - 1])
-    )
-    return Tally(loss.item(), top5.item(), *counts)
+    return Tally.of(sum_over_ranks(F.pad(sums, (0, size - len(sums)))))
 
 
 def evaluate(

@@ -33,10 +33,9 @@ def main(args: argparse.Namespace) -> None:
     model, precision, device = task.model, task.precision, task.precision.device
     if args.knn:
         parts = (encode(model.features, part, args, precision) for part in (task.train, task.val))
-        accuracies = knn_accuracies(*parts)
-        others = ", ".join(f"{accuracies.pop(k):.2f} % with {k}" for k in (1, 5))
-        ((k, accuracy),) = accuracies.items()
-        logger.info(f"kNN top-1 {accuracy:.2f} % with k = {k}, {others}")
+        *others, (k, accuracy) = knn_accuracies(*parts).items()
+        words = ", ".join(f"{other:.2f} % with {fewer}" for fewer, other in others)
+        logger.info(f"kNN top-1 {accuracy:.2f} % with k = {k}, {words}")
         return
     if args.eval or args.predict:
         report(task)

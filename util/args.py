@@ -19,7 +19,7 @@ from util.parser import (
     or_word,
 )
 from util.recipes import recipe_flags, resolve_recipe
-from util.sizes import SIZES, height_width, patch_size
+from util.sizes import SIZES, check_patches, height_width, patch_size
 
 # timm's auto_augment strings: a name, and for the random ones numbers by letter.
 _NUMBER = r"\d{1,3}(\.\d{1,9})?"
@@ -244,12 +244,7 @@ def check_common(args: argparse.Namespace) -> None:
     if not args.data_path and not getattr(args, "predict", ""):
         raise ValueError("the following arguments are required: --data_path")
     args.patch_size = patch = args.patch_size or patch_size(args.model)
-    sides = height_width(args.input_size)
-    if any(side % patch for side in sides):
-        given, name = " ".join(map(str, dict.fromkeys(sides))), args.model
-        raise ValueError(
-            f"--input_size {given} is not a multiple of the patch size {patch} of {name}"
-        )
+    check_patches(args.input_size, patch, args.model)
     check_pixels(args)
     if not args.dist_url.startswith(("env://", "tcp://", "file://")):
         raise ValueError(

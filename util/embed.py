@@ -10,11 +10,8 @@ import util.parents  # isort: skip  # noqa: F401 (before torch, see there)
 
 import argparse
 import csv
-import datetime
 import json
 import logging
-import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,16 +37,16 @@ from util.distributed import (
 )
 from util.encoders import Encoder
 from util.errors import UserError
+from util.files import written_whole
 from util.parser import Parser, Sides, number
 from util.precision import Precision
 from util.run.checkpoint import load_published
 from util.run.launch import launch, session
-from util.run.logs import log_to_console
+from util.run.logs import Progress, log_to_console
 
 logger = logging.getLogger(__name__)
 
 ROWS = 4096  # written at once
-REPORT = 5.0  # seconds between lines of progress
 KEPT = ("data_path", "labels", "resize", "batch_size", "num_workers", "pin_mem", "no_pin_mem",
         "in_chans", "pages", "pixel_range", "pixel_mean", "pixel_std", "device", "precision",
         "world_size", "local_rank", "dist_on_itp", "dist_url")  # fmt: skip
@@ -65,7 +62,7 @@ def get_args_parser() -> Parser:
     add("--input_size", type=number(int, 1, 4096, "[]"), nargs="+", action=Sides, metavar="SIDE",
         help="side of the images, or height and width; default: the checkpoint's")  # fmt: skip
     for action in common_flags()._actions:
-        if action.dest in KEPT and action.dest != "input_size":
+        if action.dest in KEPT:
             parser._add_action(action)
     return parser
 
@@ -116,8 +113,7 @@ def embed(
     rows = np.lib.format.open_memmap(path, mode="r+")
     data = SeededDataset(images, eval_transform_of(args), seed=0)
     loader = eval_loader(data, args, precision.device, share=True)
-    place, begin = get_rank(), time.monotonic()
-    shown = begin
+    place, progress = get_rank(), Progress(len(images))
     for batch, _ in loader:
         with precision.autocast():
             cls, mean = encoder(batch)
@@ -126,10 +122,7 @@ def embed(
         found[np.array(loader.replaced, bool)] = np.nan
         rows[place : place + len(found) * get_world_size() : get_world_size()] = found
         place += len(found) * get_world_size()
-        if (now := time.monotonic()) - shown > REPORT:
-            shown, done = now, min(place, len(images))
-            left = datetime.timedelta(seconds=round((now - begin) * (len(images) / done - 1)))
-            logger.info(f"{done:,} of {len(images):,} images, eta {left}")
+        progress.show(min(place, len(images)), "images")
     rows.flush()
     loader.report_bad()
     if loader.bad:
@@ -148,14 +141,11 @@ def _create(path: str, shape: tuple[int, int]) -> None:
 
 def finish(out: str, write: Callable, rows: str, images: Dataset) -> None:
     """Writes the file from the rows, whole or not at all; raises UserError if it cannot."""
-    temporary = Path(f"{out}.tmp{Path(out).suffix}")
     try:
-        write(temporary, np.load(rows, mmap_mode="r"), Names(images))
-        os.replace(temporary, out)
+        with written_whole(out) as temporary:
+            write(temporary, np.load(rows, mmap_mode="r"), Names(images))
     except (OSError, ValueError) as error:  # ValueError: names that are no text
         raise UserError(f"cannot write {out}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Names:
@@ -187,15 +177,17 @@ def write_npz(path: Path, rows: np.ndarray, names: Names) -> None:
     for columns, _ in chunks(rows, names):
         for name, values in columns.items():
             texts[f"{name}s"] += values
-    np.savez(path, embeddings=rows, **{k: np.array(v) for k, v in texts.items() if v})
+    with open(path, "wb") as file:  # to a name, NumPy would add an ending
+        np.savez(file, embeddings=rows, **{k: np.array(v) for k, v in texts.items() if v})
 
 
 def write_safetensors(path: Path, rows: np.ndarray, names: Names) -> None:
     """The format's header, then the tensors; names as in `Strings`, classes in the metadata."""
     files = Strings.pack(name_of(names.images, row) for row in range(len(rows)))
-    arrays = {"embeddings": rows, "labels": names.labels} | files.named("files")
+    labels = {} if names.labels is None else {"labels": names.labels}
+    arrays = {"embeddings": rows} | labels | files.named("files")
     header, end = {"__metadata__": {"classes": json.dumps(names.classes)}}, 0
-    for name, array in [(n, a) for n, a in arrays.items() if a is not None]:
+    for name, array in arrays.items():
         kind = {"float32": "F32", "int32": "I32", "int64": "I64", "uint8": "U8"}[str(array.dtype)]
         offsets = [end, end := end + array.nbytes]
         header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": offsets}
@@ -203,7 +195,7 @@ def write_safetensors(path: Path, rows: np.ndarray, names: Names) -> None:
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for array in (a for a in arrays.values() if a is not None):
+        for array in arrays.values():
             for start in range(0, len(array), ROWS):
                 file.write(np.ascontiguousarray(array[start : start + ROWS]).tobytes())
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from util.errors import UserError
-from util.sizes import SIZES, Side, height_width, image_size, size_of
+from util.sizes import SIZES, Side, check_patches, height_width, image_size, size_of
 from util.weights import check_same, encoder_part, fit_input
 
 
@@ -56,11 +56,11 @@ class Encoder(nn.Module):
         weights, _ = encoder_part(state["model"])
         arguments = timm_arguments(weights, source, flags)
         if input_size:
-            arguments["img_size"] = sides = height_width(input_size)
-            patch = weights["patch_embed.proj.weight"].shape[-1]
-            if any(side % patch for side in sides):
-                given = " ".join(map(str, dict.fromkeys(sides)))
-                raise UserError(f"--input_size {given} is not a multiple of the patch size {patch}")
+            arguments["img_size"] = height_width(input_size)
+            try:
+                check_patches(input_size, weights["patch_embed.proj.weight"].shape[-1])
+            except ValueError as error:
+                raise UserError(str(error)) from None
         self.vit = timm.create_model(**arguments)
         fit_input(self.vit, weights, source, flags)
         check_same(self.vit.state_dict(), weights, source)

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from util.args import Parser
 from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
@@ -47,7 +47,8 @@ def main(args: argparse.Namespace) -> None:
     if as_file and args.format != "timm":
         raise UserError(f"--out {args.out}: --format {args.format} writes a folder")
     state = load_published(args.checkpoint)
-    write = write_file if as_file else {"timm": write_timm}.get(args.format, write_transformers)
+    write_folder = write_timm if args.format == "timm" else write_transformers
+    write = write_file if as_file else write_folder
     temporary = Path(f"{args.out}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -67,13 +68,25 @@ def main(args: argparse.Namespace) -> None:
     print(f"{args.out}: {words}, on images {input_words(Pixels.of(state.get('args', {})))}")
 
 
-def write_file(path: Path, out: str, state: dict[str, Any], source: str) -> str:
-    """The encoder alone; returns how to load it."""
+def checked_encoder(
+    state: dict[str, Any], source: str
+) -> tuple[dict[str, Tensor], dict[str, Any], nn.Module]:
+    """An encoder's weights, timm's arguments for it, and the model, without memory.
+
+    Raises:
+        UserError: as `timm_arguments`; they do not fit the model.
+    """
     weights, _ = encoder_part(state["model"])
     arguments = timm_arguments(weights, source, state.get("args", {}))
     with torch.device("meta"):
         model = timm.create_model(**arguments)
     check_same(model.state_dict(), weights, source)
+    return weights, arguments, model
+
+
+def write_file(path: Path, out: str, state: dict[str, Any], source: str) -> str:
+    """The encoder alone; returns how to load it."""
+    weights, arguments, _ = checked_encoder(state, source)
     safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, path)
     words = [repr(arguments.pop("model_name"))] + [f"{k}={v!r}" for k, v in arguments.items()]
     call = f"timm.create_model({', '.join(words)}, checkpoint_path={out!r})"
@@ -135,13 +148,9 @@ def classifier(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_transformers(path: Path, out: str, state: dict[str, Any], source: str) -> str:
     """A folder for ViTModel, or for ViTMAEForPreTraining of what was pretrained without noise."""
     flags = state.get("args", {})
-    weights, _ = encoder_part(state["model"])
-    arguments = timm_arguments(weights, source, flags)
-    with torch.device("meta"):
-        model = timm.create_model(**arguments)
+    weights, _, model = checked_encoder(state, source)
     if "fc_norm.weight" in weights:
         raise UserError(f"{source} normalises after pooling, which ViTModel does not: use timm")
-    check_same(model.state_dict(), weights, source)
     size, (height, width) = model.patch_embed, image_size(weights, source, flags)
     config = {
         "model_type": "vit",

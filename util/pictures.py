@@ -5,7 +5,7 @@ Shapes: N images, H x W pixels, h x w patches, D width.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,23 @@ def neighbours(features: Tensor, queries: Sequence[int]) -> list[list[int]]:
     similar = unit[list(queries)] @ unit.T
     similar[range(len(queries)), list(queries)] = -math.inf
     return similar.topk(min(NEIGHBOURS, len(unit) - 1)).indices.tolist()
+
+
+def neighbour_sheet(
+    image: Callable[[int], Tensor], features: Tensor, count: int, pixels: Pixels
+) -> Image.Image:
+    """Some images, spread over all, each with its nearest.
+
+    Args:
+        image: one by its number, [C, H, W], normalised.
+        features: [N, D], of all.
+    """
+    queries = spread(count, len(features))
+    rows = [
+        [to_image(image(i), pixels) for i in (query, *near)]
+        for query, near in zip(queries, neighbours(features, queries), strict=True)
+    ]
+    return sheet(rows, ["image", *(f"nearest {n}" for n in range(1, len(rows[0])))])
 
 
 @torch.no_grad()

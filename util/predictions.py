@@ -1,19 +1,20 @@
 """What a classifier says of images, and how often it is right about each class, as CSV files."""
 
 import csv
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from util.data.source import labels_of, name_of
 from util.distributed import from_rank_zero, gather_rows, host_group
 from util.errors import UserError
+from util.files import written_whole
 
 TOP = 5  # classes of each image
 TOP5_CLASSES = 6  # with fewer, the five best are all classes, or all but one
@@ -37,6 +38,12 @@ class Tally:
     hits: Tensor
     images: Tensor
 
+    @classmethod
+    def of(cls, counts: Tensor) -> "Tally":
+        """From sums of `count`."""
+        loss, top5, hits, images = counts.cpu().split([1, 1, *2 * [len(counts) // 2 - 1]])
+        return cls(loss.item(), top5.item(), hits, images)
+
     def scores(self) -> dict[str, float]:
         """Mean loss; in percent top-1, its mean over classes (balanced), and from 6 on top-5."""
         total = self.images.sum().item()
@@ -52,6 +59,22 @@ class Tally:
         rows = zip(classes, self.images.tolist(), self.hits.tolist(), strict=True)
         shares = ([c, int(n), f"{100 * hits / n:.2f}" if n else ""] for c, n, hits in rows)
         write_csv(path, ["class", "images", "accuracy"], shares)
+
+
+def count(logits: Tensor, labels: Tensor) -> Tensor:
+    """[2 + 2 K], float64: a batch's loss, those among the five best, hits and images by class.
+
+    Args:
+        logits: [N, K].
+        labels: [N].
+    """
+    classes = logits.shape[1]
+    loss = F.cross_entropy(logits.float(), labels, reduction="none").double().sum()
+    top5 = logits.topk(min(TOP, classes)).indices == labels[:, None]
+    right, every = (
+        torch.bincount(some, minlength=classes) for some in (labels[top5[:, 0]], labels)
+    )
+    return torch.cat([torch.stack([loss, top5.sum()]), right, every])
 
 
 class Predictions:
@@ -102,15 +125,16 @@ def write_csv(path: str, header: list[str], rows: Iterable[list]) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", newline="", errors="surrogateescape") as file:
-            csv.writer(file).writerows([header])
-            csv.writer(file).writerows(rows)
-        os.replace(temporary, path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with (
+            written_whole(path) as temporary,
+            open(temporary, "w", newline="", errors="surrogateescape") as file,
+        ):
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows(rows)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 

@@ -11,7 +11,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from util.features import CHUNK
-from util.predictions import TOP, Tally
+from util.predictions import Tally, count
 
 RATES = tuple(np.logspace(-2, 1, 13).tolist())  # --blr, over three decades
 POOLS = ("cls", "pooled")
@@ -72,11 +72,7 @@ class GridHeads(nn.Module):
         self.eval()
         logits = torch.cat([self(some)[self.chosen] for some in features.split(CHUNK)]).float()
         self.train()
-        classes = logits.shape[1]
-        top5 = logits.topk(min(TOP, classes)).indices == labels[:, None]
-        counts = (torch.bincount(some, minlength=classes) for some in (labels[top5[:, 0]], labels))
-        loss = F.cross_entropy(logits, labels, reduction="sum").item()
-        return Tally(loss, top5.sum().item(), *(count.double().cpu() for count in counts))
+        return Tally.of(count(logits, labels))
 
     @staticmethod
     def name(head: int) -> str:

@@ -6,7 +6,6 @@ Called again, it goes on where it was stopped. `--data_path SHARDS` then trains 
 """
 
 import argparse
-import datetime
 import io
 import json
 import logging
@@ -15,7 +14,6 @@ import os
 import re
 import signal
 import tarfile
-import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -30,16 +28,16 @@ from util.data.shards import CLASSES
 from util.data.source import EXTENSIONS, Source, classes_of, extension_of, name_of
 from util.datasets import open_dataset
 from util.errors import NoSplit, UserError
+from util.files import written_whole
 from util.parents import end_with_parent
 from util.parser import COUNT, POSITIVE, Parser, number
 from util.run.launch import launch
 from util.run.lock import LOCK, lock_folder
-from util.run.logs import log_to_console
+from util.run.logs import Progress, log_to_console
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "shards.json"
-REPORT = 5.0  # seconds between lines of progress
 FORMATS = {"MPO": ".jpg", "JPEG": ".jpg", "JPEG2000": ".jp2"}  # of files without an extension
 STEM = 60  # letters of a file's name that its name in the shard keeps
 SAMPLING = 0  # of colours in JPEGs: none, which a quality of 90 deserves
@@ -100,9 +98,8 @@ def _claim(out: Path, args: argparse.Namespace, splits: dict[str, Dataset]) -> N
         return
     if set(os.listdir(out)) - {LOCK}:
         raise UserError(f"--out {out} is not empty, and holds no {MANIFEST}")
-    temporary = manifest.with_suffix(".tmp")
-    temporary.write_text(json.dumps(flags, indent=1))
-    temporary.replace(manifest)
+    with written_whole(manifest) as temporary:
+        temporary.write_text(json.dumps(flags, indent=1))
 
 
 def write_split(data: Dataset, folder: Path, args: argparse.Namespace) -> int:
@@ -131,9 +128,9 @@ def write_split(data: Dataset, folder: Path, args: argparse.Namespace) -> int:
         logger.info(f"{folder}: {len(paths) - len(left):,} of {len(paths):,} shards are there")
         if not left:
             return 1
-    total, begin, shown = Counter(), time.monotonic(), time.monotonic()
-    fork, parent_ends = multiprocessing.get_context("fork"), (signal.SIGKILL,)
-    with ProcessPoolExecutor(args.num_workers, fork, _begin, (data, args, *parent_ends)) as pool:
+    total, progress = Counter(), Progress(len(left))
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(args.num_workers, fork, _begin, (data, args)) as pool:
         jobs = [
             pool.submit(_write_shard, paths[start], start, order[start : start + args.shard_images])
             for start in left
@@ -144,11 +141,7 @@ def write_split(data: Dataset, folder: Path, args: argparse.Namespace) -> int:
                 total += counts
                 for name, reason in bad.items():
                     logger.warning(f"warning: {name!r} is not readable ({reason}): left out")
-                if time.monotonic() - shown > REPORT:
-                    shown = time.monotonic()
-                    seconds = (shown - begin) * (len(left) - done) / done
-                    eta = datetime.timedelta(seconds=round(seconds))
-                    logger.info(f"{folder}: {done:,} of {len(left):,} shards, eta {eta}")
+                progress.show(done, "shards", f"{folder}: ")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
@@ -164,19 +157,21 @@ _data: Dataset
 _args: argparse.Namespace
 
 
-def _begin(data: Dataset, args: argparse.Namespace, number: signal.Signals) -> None:
+def _begin(data: Dataset, args: argparse.Namespace) -> None:
     global _data, _args
     _data, _args = data, args
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    end_with_parent(number)
+    end_with_parent(signal.SIGKILL)
 
 
 def _write_shard(path: Path, first: int, indices: np.ndarray) -> tuple[Counter, dict[str, str]]:
     """Writes some images; returns what was done to how many, and bad ones with the reason."""
     counts, bad = Counter(), {}
     with_labels = classes_of(_data) != [""]
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
+    with (
+        written_whole(path) as temporary,
+        tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar,
+    ):
         for position, index in enumerate(indices.tolist(), start=first):
             name = name_of(_data, index)
             try:
@@ -191,7 +186,6 @@ def _write_shard(path: Path, first: int, indices: np.ndarray) -> tuple[Counter, 
                 _add(tar, f"{key}.cls", str(label).encode())
             counts[what] += 1
             counts["bytes"] += len(content)
-    os.replace(temporary, path)
     return counts, bad
 
 
@@ -206,12 +200,7 @@ def _sample(index: int) -> tuple[bytes, str, int, str]:
     if not isinstance(_data, Source):  # pixels, of a named data set
         image, label = _data[index]
         if _args.max_side and max(image.size) > _args.max_side:
-            return (
-                _smaller(image, _args.max_side, _args.quality),
-                ".jpg",
-                int(label),
-                "made smaller",
-            )
+            return *_smaller(image), int(label), "made smaller"
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         return buffer.getvalue(), ".png", int(label), "written as PNG"
@@ -230,11 +219,12 @@ def _sample(index: int) -> tuple[bytes, str, int, str]:
     if special or (getattr(image, "n_frames", 1) > 1 and image.format != "MPO"):
         what = "as they were, though large: of more than 8 bits, alpha, pages"
         return data, extension, label, what
-    return _smaller(image, _args.max_side, _args.quality), ".jpg", label, "made smaller"
+    return *_smaller(image), label, "made smaller"
 
 
-def _smaller(image: Image.Image, side: int, quality: int) -> bytes:
-    """A JPEG of an image, upright, whose longer side is `side`."""
+def _smaller(image: Image.Image) -> tuple[bytes, str]:
+    """A JPEG of an image, upright, whose longer side is `--max_side`, and its extension."""
+    side = _args.max_side
     mode = "L" if image.mode in ("1", "L") else "RGB"
     shrink = max(1, max(image.size) // (2 * side))  # of JPEGs, while they are decoded
     pixels = to_8_bits(image, mode, shrink)
@@ -242,8 +232,8 @@ def _smaller(image: Image.Image, side: int, quality: int) -> bytes:
     size = [max(1, round(length * scale)) for length in pixels.size]
     buffer = io.BytesIO()
     resized = pixels.resize(size, Image.Resampling.BICUBIC)
-    resized.save(buffer, "JPEG", quality=quality, subsampling=SAMPLING)
-    return buffer.getvalue()
+    resized.save(buffer, "JPEG", quality=_args.quality, subsampling=SAMPLING)
+    return buffer.getvalue(), ".jpg"
 
 
 if __name__ == "__main__":

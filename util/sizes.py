@@ -56,6 +56,15 @@ def height_width(side: Side) -> tuple[int, int]:
     return (side, side) if isinstance(side, int) else tuple(side)
 
 
+def check_patches(side: Side, patch: int, model: str = "") -> None:
+    """Raises ValueError where patches do not fill images of `--input_size`."""
+    sides = height_width(side)
+    if any(length % patch for length in sides):
+        given = " ".join(map(str, dict.fromkeys(sides)))
+        words = f"--input_size {given} is not a multiple of the patch size {patch}"
+        raise ValueError(words + (f" of {model}" if model else ""))
+
+
 def size_of(weights: dict[str, Any], source: str | Path) -> str:
     """The key in `SIZES` of an encoder's tensors, by their shapes; of any patch size.
 

@@ -29,7 +29,7 @@ from util.datasets import open_dataset
 from util.distributed import is_main_process
 from util.encoders import Encoder
 from util.errors import UserError
-from util.pictures import attentions, components, curves, heat, neighbours, sheet, spread, to_image
+from util.pictures import attentions, components, curves, heat, neighbour_sheet, sheet, to_image
 from util.run.checkpoint import load_published
 from util.run.launch import launch
 
@@ -149,14 +149,9 @@ def draw_reconstructions(args: argparse.Namespace) -> str:
 def draw_neighbours(args: argparse.Namespace) -> str:
     encoder, imgs, pixels = encoder_and_images(args, args.among)
     features = torch.cat([encoder(some)[1] for some in imgs.split(CHUNK)])
-    queries = spread(args.images, len(imgs))
-    rows = [
-        [to_image(imgs[i], pixels) for i in (query, *near)]
-        for query, near in zip(queries, neighbours(features, queries), strict=True)
-    ]
-    titles = ["image", *(f"nearest {n}" for n in range(1, len(rows[0])))]
-    sheet(rows, titles).save(args.out)
-    return f"{len(rows)} images, and the nearest of {len(imgs)} by the mean over patches"
+    neighbour_sheet(imgs.__getitem__, features, args.images, pixels).save(args.out)
+    drawn = min(args.images, len(imgs))
+    return f"{drawn} images, and the nearest of {len(imgs)} by the mean over patches"
 
 
 def neighbour_grid(
@@ -168,13 +163,7 @@ def neighbour_grid(
         features: [M, D], of all of them.
     """
     data = SeededDataset(dataset, transform, seed=0)
-    queries = spread(PREVIEW_IMAGES, len(data))
-    near = neighbours(features.cpu(), queries)
-    rows = [
-        [to_image(data[0, i][0], pixels) for i in (query, *others)]
-        for query, others in zip(queries, near, strict=True)
-    ]
-    picture = sheet(rows, ["image", *(f"nearest {n}" for n in range(1, len(rows[0])))])
+    picture = neighbour_sheet(lambda i: data[0, i][0], features.cpu(), PREVIEW_IMAGES, pixels)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from util.data.file_list import list_files, top_of
 from util.data.images import BadImage, open_image
 from util.data.index import Index
-from util.data.source import EXTENSIONS, SPLITS, SURE_SPLITS, Source, extension_of, few
+from util.data.source import EXTENSIONS, SPLITS, SURE_SPLITS, Source, extension_of, few, rebuilt
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class ImageFiles(Source):
             yield from (os.path.join(folder, name) for name in itertools.islice(names, int(count)))
 
     def __reduce__(self) -> tuple:
-        return _again, (self.root, self.index)
+        return rebuilt, (ImageFiles, self.root, self.index)
 
     def why_no_classes(self) -> str:
         splits = {name for names in SPLITS.values() for name in names}
@@ -93,12 +93,6 @@ class ImageFiles(Source):
             found = f"; left out: {left_out_words(self.left_out)}" if self.left_out else ""
             return f"class folders without images: {few(self.empty)}{found}"
         return ""
-
-
-def _again(root: str, index: Index) -> ImageFiles:
-    images = ImageFiles.__new__(ImageFiles)
-    images._take(root, index)
-    return images
 
 
 def left_out_words(counts: Counter[str]) -> str:

@@ -1,9 +1,7 @@
 """Lists of what a data set holds, as arrays that no process copies: in a file that is mapped."""
 
-import contextlib
 import json
 import os
-import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from util.errors import UserError
+from util.files import written_whole
 
 SENT_WHOLE = 64 * 2**20  # bytes; a larger index is sent to other processes as its file's name
 
@@ -49,14 +48,10 @@ class Index(dict[str, np.ndarray]):
 
     def write(self, path: Path) -> bool:
         """Writes the file, whole or not at all; whether it could."""
-        self.notes.setdefault("id", uuid.uuid4().hex)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(dict(self), temporary, {"notes": json.dumps(self.notes)})
-            os.replace(temporary, path)
+            with written_whole(path) as temporary:
+                save_file(dict(self), temporary, {"notes": json.dumps(self.notes)})
         except (OSError, SafetensorError):
-            with contextlib.suppress(OSError):  # which may be read-only
-                temporary.unlink()
             return False
         return True
 

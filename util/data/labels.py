@@ -48,7 +48,7 @@ class Labelled(Source):
         if lost:
             logger.warning(f"warning: --labels {table}: {len(lost):,} not there: {few(lost)}")
         self.chosen, self.targets = np.array(chosen, np.int64), np.array(targets, np.int32)
-        self.left_out = images.left_out + Counter()
+        self.left_out = Counter(images.left_out)
         if unnamed := len(images) - len(chosen):
             self.left_out[f"images that {table} does not have"] = unnamed
         present = set(self.targets.tolist())

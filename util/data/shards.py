@@ -22,7 +22,7 @@ from util.data.file_list import ARCHIVES, WORTH_KEEPING, keep, top_of
 from util.data.images import BadImage
 from util.data.index import Index, Strings
 from util.data.members import DEFLATED, KINDS, Members, read_content, read_members, read_name
-from util.data.source import SPLITS, SURE_SPLITS, Source, extension_of, few, in_order
+from util.data.source import SPLITS, SURE_SPLITS, Source, extension_of, few, in_order, rebuilt
 from util.errors import NoSplit, UserError
 from util.parents import end_with_parent
 
@@ -59,7 +59,7 @@ class Shards(Source):
         self._take(Strings.pack(paths), train, where, index)
 
     def __reduce__(self) -> tuple:
-        return _again, (self.paths, self.train, self.where, self.index)
+        return rebuilt, (Shards, self.paths, self.train, self.where, self.index)
 
     def _take(self, paths: Strings, train: bool | None, where: str, index: Index) -> None:
         """Sets all attributes; what can be taken from the index is not copied."""
@@ -166,12 +166,6 @@ class Shards(Source):
         if named := {name.lower() for name in self.classes} & SURE_SPLITS:
             return f"folders that are splits, not classes: {few(sorted(named))}"
         return ""
-
-
-def _again(paths: Strings, train: bool | None, where: str, index: Index) -> Shards:
-    shards = Shards.__new__(Shards)
-    shards._take(paths, train, where, index)
-    return shards
 
 
 @functools.lru_cache(OPEN_FILES)

@@ -73,6 +73,13 @@ class Source(Dataset):
         return digest.hexdigest()
 
 
+def rebuilt(kind: type[Source], *state: object) -> Source:
+    """A source from what its `__reduce__` sends to another process, by its `_take`."""
+    source = kind.__new__(kind)
+    source._take(*state)
+    return source
+
+
 class Part(Subset):
     """The chosen images of a data set."""
 

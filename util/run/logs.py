@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from util.sizes import height_width
 logger = logging.getLogger(__name__)
 
 LOSSES = ("loss", "reconstruction", "contrastive", "noise", "noise_zero")
+REPORT = 5.0  # seconds between lines of progress
 USUAL_PATCHES = 1024  # of an image, at most: 512 pixels in patches of 16
 
 
@@ -179,6 +181,26 @@ def describe_run(args: Namespace, model: nn.Module, precision: Precision, steps:
         given = f"{height}" if height == width else f"{height} {width}"
         why = f"--input_size {given} with patches of {args.patch_size} pixels"
         logger.warning(f"warning: {why} makes {patches:,} patches per image: unusual, and slow")
+
+
+class Progress:
+    """Lines about how far some long work is, one every few seconds.
+
+    Args:
+        total: how much there is to do.
+    """
+
+    def __init__(self, total: int):
+        self.total = total
+        self._begin = self._shown = time.monotonic()
+
+    def show(self, done: int, what: str, where: str = "") -> None:
+        """Such as `WHERE10 of 20 WHAT, eta 0:00:10`, if it is time."""
+        if (now := time.monotonic()) - self._shown > REPORT:
+            self._shown = now
+            seconds = (now - self._begin) * (self.total - done) / done
+            left = datetime.timedelta(seconds=round(seconds))
+            logger.info(f"{where}{done:,} of {self.total:,} {what}, eta {left}")
 
 
 def console_line(place: str, left: float, window: dict[str, float], device: torch.device) -> str:
