@@ -16,6 +16,7 @@ from argparse import Namespace
 
 import torch
 from timm.optim import param_groups_weight_decay
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from engine_pretrain import describe_objective, train_one_epoch
@@ -28,15 +29,17 @@ from util.data.survey import inherit_pixels, settle_pixels
 from util.data.transforms import eval_transform_of
 from util.datasets import open_dataset, open_labelled
 from util.distributed import from_rank_zero, init_distributed_mode, is_main_process
+from util.encoders import Encoder
 from util.features import encode, knn_accuracy
 from util.misc import seed_all
+from util.pictures import attention_sheet, neighbour_sheet, pca_sheet
 from util.precision import Precision
 from util.run.checkpoint import load_published
 from util.run.launch import launch, session
 from util.run.logs import describe_run, log_to_console
 from util.run.run import Run
 from util.run.training import Training
-from util.visualize import PREVIEW_IMAGES, neighbour_grid, preview_images, reconstruction_grid
+from util.visualize import PREVIEW_IMAGES, preview_images, reconstruction_grid
 from util.weights import start_from
 from util_contrastive import two_crops
 
@@ -76,7 +79,7 @@ def main(args: Namespace) -> None:
         stats = train_one_epoch(training, args, epoch)
         tests = {}
         if args.eval_freq and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
-            tests = look_at_features(training, images, val, epoch)
+            tests = look_at_features(training, images, val, preview, epoch)
         training.log.add_epoch(epoch, stats, tests)
         if model.reconstruct and is_main_process():
             grid = reconstruction_grid(model, preview.to(device), args.mask_ratio, Pixels.of(args))
@@ -86,9 +89,9 @@ def main(args: Namespace) -> None:
 
 
 def look_at_features(
-    training: Training, images: Dataset, val: Dataset, epoch: int
+    training: Training, images: Dataset, val: Dataset, preview: Tensor, epoch: int
 ) -> dict[str, float]:
-    """The kNN accuracy of the encoder's features; nearest neighbours go to TensorBoard."""
+    """The kNN accuracy of the encoder's features; what they show goes to TensorBoard."""
     args, model = training.args, training.model.module
     train, test = (
         encode(model.features, part, args, training.precision, training.run.poll)
@@ -97,9 +100,13 @@ def look_at_features(
     accuracy = knn_accuracy(train, test)
     logger.info(f"epoch {epoch}: kNN top-1 {accuracy:.2f} %")
     if is_main_process():
-        transform, pixels = eval_transform_of(args), Pixels.of(args)
-        grid = neighbour_grid(images, train.features, transform, pixels)
-        training.log.add_image("neighbours", grid, epoch)
+        device, pixels, log = training.precision.device, Pixels.of(args), training.log
+        data = SeededDataset(images, eval_transform_of(args), args.seed)
+        nearest = neighbour_sheet(lambda i: data[0, i][0], train.features, len(preview), pixels)
+        log.add_image("neighbours", nearest, epoch)
+        encoder = Encoder({"model": model.state_dict(), "args": vars(args)}, "the model").to(device)
+        log.add_image("pca", pca_sheet(encoder, preview.to(device), pixels), epoch)
+        log.add_image("attention", attention_sheet(encoder, preview.to(device), pixels), epoch)
     return {"knn_acc1": accuracy}
 
 

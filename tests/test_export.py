@@ -189,6 +189,33 @@ def test_transformers_opens_a_masked_autoencoder(tmp_path):
     torch.testing.assert_close(found.logits, ours["pred"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["encoder", "probe"])
+def test_onnxruntime_runs_batches_of_any_size(kind, tmp_path, capsys):
+    for library in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(library, reason="it is optional, and needed here alone")
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = probe("vit_nano_patch4", 16).eval()
+    torch.nn.init.normal_(model.head[0].running_mean)
+    torch.nn.init.uniform_(model.head[0].running_var, 0.5, 2.0)
+    weights = model.state_dict()
+    if kind == "encoder":
+        weights = {name: t for name, t in weights.items() if not name.startswith("head.")}
+    save({"model": weights, "epoch": 0}, tmp_path / "c.pth")
+    out = tmp_path / "made/vit.onnx"
+    assert run_main(export, "--checkpoint", tmp_path / "c.pth", "--out", out) == 0
+    name = {"encoder": "embedding", "probe": "logits"}[kind]
+    assert f"images -> {name}" in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["vit.onnx"]
+    session = onnxruntime.InferenceSession(out)
+    for size in (1, 5):
+        images = fill((size, 3, 16, 16), 5, 1.5)
+        (found,) = session.run([name], {"images": images.numpy()})
+        expected = model(images) if kind == "probe" else model.features(images)
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -119,4 +119,4 @@ def test_missing_flags_are_one_line(flags, words, capsys):
 def test_a_picture_of_no_known_format_is_one_line(weights, photos, tmp_path, capsys):
     flags = ["--what", "pca", "--checkpoint", weights, "--data_path", photos]
     assert run_main(visualize, *flags, "--out", tmp_path / "a.xyz", "--images", 2) == 1
-    assert "cannot write" in the_error(capsys.readouterr().err)
+    assert "the name must end as a picture's, such as .png" in the_error(capsys.readouterr().err)

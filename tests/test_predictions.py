@@ -123,6 +123,34 @@ def test_classes_go_by_their_names(data, trained, tmp_path, capsys):
     assert "bee (the data)" in line
 
 
+def test_training_is_not_resumed_with_other_classes(data, trained, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "b").rename(tmp_path / "data" / split / "bee")
+    flags = ["--data_path", tmp_path / "data", *TINY_VIT, "--batch_size", 4, "--epochs", 14]
+    flags += ["--resume", trained / "checkpoint-last.pth", "--output_dir", tmp_path / "out"]
+    assert run_main(main_linprobe, *flags) == 1
+    assert "its classes are others (b, bee); --finetune" in the_error(capsys.readouterr().err)
+
+
+def test_what_fits_other_shapes_is_the_checkpoint_s(data, tmp_path, capsys):
+    """A mark at the edge of wide images, which the middle of them does not show."""
+    for file in data.glob("*/[ab]/*.png"):
+        copy = tmp_path / "data" / file.relative_to(data)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new("RGB", (24, 8), (90, 90, 90))
+        image.paste((250, 0, 0) if file.parent.name == "a" else (0, 0, 250), (0, 0, 6, 8))
+        image.save(copy)
+    flags = ["--data_path", tmp_path / "data", *TINY_VIT, "--epochs", 2, "--blr", 50]
+    flags += ["--batch_size", 4, "--warmup_epochs", 0, "--cache_features", "--resize", "squash"]
+    assert run_main(main_linprobe, *flags, "--output_dir", tmp_path / "out") == 0
+    loss = f"loss {log_of(tmp_path / 'out')[-1]['test_loss']:.4f}"
+    for resize, same in (([], True), (["--resize", "crop"], False)):
+        capsys.readouterr()
+        assert weigh(tmp_path / "data", tmp_path / "out", *resize) == 0
+        assert (loss in capsys.readouterr().out) == same
+
+
 def test_a_share_of_the_training_images_keeps_its_classes(data, trained, capsys):
     assert weigh(data, trained, "--val_fraction", 0.5) == 0
     assert "top-1" in capsys.readouterr().out

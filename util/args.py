@@ -59,9 +59,9 @@ def common_flags() -> argparse.ArgumentParser:
         metavar="SIDE", help="side of the images in pixels, or their height and width")
     add("--patch_size", type=number(int, 1, 256, "[]"),
         help="side of the patches in pixels; if not given, the model's")
-    add("--resize", choices=("crop", "squash", "pad"), default="crop",
+    add("--resize", choices=("crop", "squash", "pad"),
         help="what fits other shapes to --input_size in evaluation: cut off what stands over, "
-        "change the aspect, or add borders")
+        "change the aspect, or add borders; default: the checkpoint's, or else crop")
     add("--flip", choices=("none", "horizontal", "both"),
         help="random flips of training images; default: horizontal (with --augment none: none)")
     add("--rotate90", action="store_true", help="turn training images by random quarters")

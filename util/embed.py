@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import logging
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -173,12 +174,19 @@ def chunks(rows: np.ndarray, names: Names) -> Iterator[tuple[dict[str, list[str]
 
 
 def write_npz(path: Path, rows: np.ndarray, names: Names) -> None:
-    texts = {"files": [], "labels": []}
+    """As `np.savez` would, but in chunks: embeddings, files and, if there are any, labels."""
+    kinds = {"embedding": rows.dtype}
     for columns, _ in chunks(rows, names):
         for name, values in columns.items():
-            texts[f"{name}s"] += values
-    with open(path, "wb") as file:  # to a name, NumPy would add an ending
-        np.savez(file, embeddings=rows, **{k: np.array(v) for k, v in texts.items() if v})
+            kinds[name] = max(kinds.get(name, np.dtype("<U1")), np.array(values).dtype)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, kind in kinds.items():
+            shape = rows.shape if name == "embedding" else (len(rows),)
+            header = {"descr": kind.str, "fortran_order": False, "shape": shape}
+            with archive.open(f"{name}s.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for columns, some in chunks(rows, names):
+                    file.write(np.array(columns.get(name, some), kind).tobytes())
 
 
 def write_safetensors(path: Path, rows: np.ndarray, names: Names) -> None:

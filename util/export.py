@@ -1,8 +1,9 @@
-"""The encoder of a checkpoint, for timm and for Hugging Face's transformers.
+"""The encoder of a checkpoint, for timm, Hugging Face's transformers, and ONNX.
 
 python -m util.export --checkpoint output_dir/checkpoint-49.pth --out vit.safetensors
 python -m util.export --checkpoint output_dir/checkpoint-49.pth --out vit
 python -m util.export --checkpoint output_dir/checkpoint-49.pth --out vit --format transformers
+python -m util.export --checkpoint output_dir/checkpoint-49.pth --out vit.onnx
 """
 
 import argparse
@@ -26,6 +27,7 @@ from util.run.launch import launch
 from util.sizes import SIZES, image_size, size_of
 from util.weights import check_same, encoder_part
 
+ONNX_LIMIT = 2**31 - 2**20  # bytes of weights
 NORM_EPS, PROBE_EPS = 1e-6, 1e-6  # of the encoder's norms, and of the probe's BatchNorm
 
 
@@ -33,7 +35,7 @@ def get_args_parser() -> Parser:
     parser = Parser(prog="util.export", description="Write a checkpoint for timm, transformers")
     text = "path or URL; pretrained, probed or fine-tuned, of any layout that --init takes"
     parser.add_argument("--checkpoint", required=True, help=text)
-    text = "a .safetensors file, of the encoder; or a folder, with the classifier if there is one"
+    text = "a .safetensors file, of the encoder; or a folder or .onnx file, with the classifier if any"
     parser.add_argument("--out", default="vit.safetensors", help=text)
     text = "what opens the folder: timm (local-dir:FOLDER), or ViTModel and ViTMAEForPreTraining"
     parser.add_argument("--format", choices=("timm", "transformers"), default="timm", help=text)
@@ -41,14 +43,15 @@ def get_args_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    as_file = args.out.endswith(".safetensors")
-    if Path(args.out).suffix in (".pth", ".pt", ".bin", ".onnx", ".ckpt"):
-        raise UserError(f"--out {args.out}: a file's name must end in .safetensors")
+    kind = Path(args.out).suffix
+    as_file = kind in FILES
+    if kind in (".pth", ".pt", ".bin", ".ckpt"):
+        raise UserError(f"--out {args.out}: a file's name must end in {' or '.join(FILES)}")
     if as_file and args.format != "timm":
         raise UserError(f"--out {args.out}: --format {args.format} writes a folder")
     state = load_published(args.checkpoint)
     write_folder = write_timm if args.format == "timm" else write_transformers
-    write = write_file if as_file else write_folder
+    write = FILES[kind] if as_file else write_folder
     temporary = Path(f"{args.out}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -96,18 +99,8 @@ def write_file(path: Path, out: str, state: dict[str, Any], source: str) -> str:
 def write_timm(path: Path, out: str, state: dict[str, Any], source: str) -> str:
     """A folder with weights, architecture and preprocessing, by timm's own `save_for_hf`."""
     flags = state.get("args", {})
-    weights, _ = encoder_part(state["model"])
-    arguments = timm_arguments(weights, source, flags)
-    head = classifier(state["model"])
-    if head:
-        weights |= head
-        arguments["num_classes"] = len(head["head.bias"])
-        if flags.get("global_pool") and "fc_norm.weight" not in weights:  # a probe's
-            arguments |= {"global_pool": "avg", "fc_norm": False}
-    model = timm.create_model(**arguments)
-    check_same(model.state_dict(), weights, source)
-    model.load_state_dict(weights)
-    pixels, (height, width) = Pixels.of(flags), image_size(weights, source, flags)
+    model, arguments = timm_model(state, source)
+    pixels, (height, width) = Pixels.of(flags), model.patch_embed.img_size
     mode = {"squash": "squash", "pad": "border"}.get(flags.get("resize"), "center")
     model.pretrained_cfg |= {
         "input_size": (pixels.in_chans, height, width),
@@ -120,7 +113,7 @@ def write_timm(path: Path, out: str, state: dict[str, Any], source: str) -> str:
         "num_classes": arguments["num_classes"],
         "fixed_input_size": True,
     }
-    names = state.get("classes") if head else None
+    names = state.get("classes") if model.num_classes else None
     model_args = {k: v for k, v in arguments.items() if k not in ("model_name", "num_classes")}
     timm.models.save_for_hf(
         model,
@@ -129,8 +122,50 @@ def write_timm(path: Path, out: str, state: dict[str, Any], source: str) -> str:
         model_args=model_args,
         safe_serialization=True,
     )
-    what = f"a classifier of {arguments['num_classes']} classes" if head else "an encoder"
-    return f"{what}; load with timm.create_model('local-dir:{out}', pretrained=True)"
+    return f"{described(model)}; load with timm.create_model('local-dir:{out}', pretrained=True)"
+
+
+def described(model: nn.Module) -> str:
+    return f"a classifier of {model.num_classes} classes" if model.num_classes else "an encoder"
+
+
+def timm_model(state: dict[str, Any], source: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A checkpoint's encoder, and classifier if it has one, as timm's; and timm's arguments."""
+    flags = state.get("args", {})
+    weights, _ = encoder_part(state["model"])
+    arguments = timm_arguments(weights, source, flags)
+    if head := classifier(state["model"]):
+        weights |= head
+        arguments["num_classes"] = len(head["head.bias"])
+        if flags.get("global_pool") and "fc_norm.weight" not in weights:  # a probe's
+            arguments |= {"global_pool": "avg", "fc_norm": False}
+    model = timm.create_model(**arguments)
+    check_same(model.state_dict(), weights, source)
+    model.load_state_dict(weights)
+    return model, arguments
+
+
+def write_onnx(path: Path, out: str, state: dict[str, Any], source: str) -> str:
+    """The whole network, for batches of any size; raises UserError without torch's exporter."""
+    model, _ = timm_model(state, source)
+    images = torch.zeros(2, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    name = "logits" if model.num_classes else "embedding"
+    if sum(p.nbytes for p in model.parameters()) > ONNX_LIMIT:
+        raise UserError(f"--out {out}: such a file holds 2 GB at most: write a folder")
+    try:
+        program = torch.onnx.export(
+            model.eval(),
+            (images,),
+            input_names=["images"],
+            output_names=[name],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    except ImportError:
+        raise UserError("--out ...onnx needs libraries: pip install onnx onnxscript") from None
+    program.save(path)
+    return f"{described(model)}; onnxruntime.InferenceSession({out!r}): images -> {name}"
 
 
 def classifier(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -229,6 +264,8 @@ def input_words(pixels: Pixels) -> str:
         words = "whose values {:g} to {:g} became 0 to 1, ".format(*pixels.scale) + words
     return words
 
+
+FILES = {".safetensors": write_file, ".onnx": write_onnx}
 
 if __name__ == "__main__":
     launch(main, get_args_parser().parse_args())

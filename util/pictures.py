@@ -122,44 +122,62 @@ def heat(values: Tensor) -> Image.Image:
     return Image.fromarray(rgb)
 
 
-def curves(runs: Sequence[str], out: str) -> int:
-    """Draws what runs' log.txt hold, side by side; returns the number of panels.
+def pca_sheet(encoder: Encoder, imgs: Tensor, pixels: Pixels) -> Image.Image:
+    """Images [N, C, H, W] beside their `components`, two pairs a row."""
+    clean = [to_image(img, pixels) for img in imgs]
+    large = [_as_large(colours, imgs) for colours in components(encoder, imgs)]
+    rows = [list(pair) for pair in zip(clean, large, strict=True)]
+    half = (len(rows) + 1) // 2
+    rows = [rows[i] + (rows[half + i] if half + i < len(rows) else []) for i in range(half)]
+    return sheet(rows, ["image", "patches"] * (len(rows[0]) // 2))
+
+
+def attention_sheet(encoder: Encoder, imgs: Tensor, pixels: Pixels) -> Image.Image:
+    """Images [N, C, H, W] beside their `attentions`, a row each."""
+    rows = [
+        [to_image(img, pixels), *(_as_large(heat(one), imgs) for one in some)]
+        for img, some in zip(imgs, attentions(encoder, imgs), strict=True)
+    ]
+    return sheet(rows, ["image", *(f"head {n}" for n in range(1, len(rows[0])))])
+
+
+def _as_large(picture: Image.Image, imgs: Tensor) -> Image.Image:
+    return picture.resize(imgs.shape[:1:-1], Image.Resampling.NEAREST)
+
+
+def curves(runs: Sequence[str]) -> tuple[Image.Image, int]:
+    """What runs' log.txt hold, side by side, and the number of panels.
 
     Raises:
-        UserError: matplotlib is not installed, a folder has no log, or it cannot be written.
+        UserError: matplotlib is not installed, or a folder has no log.
     """
     try:
-        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("curves need a library: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     logs = {run: read_log(run) for run in runs}
     names = [n for n in CURVES if any(n in line for log in logs.values() for line in log)]
+    alike = len({Path(run).name for run in logs}) < len(logs)
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(3 * columns, 2.6 * rows), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(3 * columns, 2.6 * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for name, axis in zip(names, axes.flat, strict=False):
         for run, log in logs.items():
             points = [(line["epoch"], line[name]) for line in log if name in line]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=Path(run).name, marker=".")
+            label = run if alike else Path(run).name
+            axis.plot(*(zip(*points, strict=True) if points else ([], [])), label=label, marker=".")
         axis.set_title(name.removeprefix("train_"), fontsize=11)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     axes.flat[0].legend(fontsize=8)
-    try:
-        figure.savefig(out, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {out}: {error}") from None
-    finally:
-        pyplot.close(figure)
-    return len(names)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), len(names)
 
 
 def read_log(run: str) -> list[dict[str, float]]:

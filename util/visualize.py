@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
 from util.args import Parser, number
 from util.data.loader import warn_of
@@ -29,7 +29,8 @@ from util.datasets import open_dataset
 from util.distributed import is_main_process
 from util.encoders import Encoder
 from util.errors import UserError
-from util.pictures import attentions, components, curves, heat, neighbour_sheet, sheet, to_image
+from util.files import written_whole
+from util.pictures import attention_sheet, curves, neighbour_sheet, pca_sheet
 from util.run.checkpoint import load_published
 from util.run.launch import launch
 
@@ -37,6 +38,8 @@ PREVIEW_IMAGES = 8
 AMONG, CHUNK = 2000, 64  # images to look for neighbours in; encoded at once
 MASK_SEED = 0  # the same patches are removed every time, so that grids compare
 MIN_TILE = 112  # pixels; smaller images are magnified
+
+Drawn = tuple[Image.Image, str]  # a picture, and what it shows
 
 
 def preview_images(dataset: Dataset, count: int, transform: Callable) -> Tensor:
@@ -78,8 +81,8 @@ def reconstruct(model: nn.Module, imgs: Tensor, mask_ratio: float) -> tuple[Tens
 
 def reconstruction_grid(
     model: nn.Module, imgs: Tensor, mask_ratio: float, pixels: Pixels = RGB
-) -> Tensor:
-    """A uint8 picture [3, H', W']: a column for each image; clean, masked, reconstructed rows.
+) -> Image.Image:
+    """A column for each image; clean, masked, reconstructed rows.
 
     Of more than three channels the first three are drawn; of two, the first.
     """
@@ -90,7 +93,8 @@ def reconstruction_grid(
     zoom = math.ceil(MIN_TILE / min(imgs.shape[-2:]))
     rows = rows.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
     grid = make_grid(rows, nrow=len(imgs), padding=4, pad_value=1.0)
-    return (grid.clamp(0, 1) * 255).round().byte().cpu()
+    grid = (grid.clamp(0, 1) * 255).round().byte().cpu()
+    return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
 # fmt: off
@@ -121,18 +125,24 @@ def check_flags(args: argparse.Namespace) -> None:
     if missing := [f"--{name}" for name in wanted if not getattr(args, name)]:
         raise ValueError(f"the following arguments are required: {', '.join(missing)}")
     args.out = args.out or f"{args.what}.png"
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main(args: argparse.Namespace) -> None:
+    kind = Image.registered_extensions().get(Path(args.out).suffix.lower())
+    if kind not in Image.SAVE:
+        raise UserError(f"--out {args.out}: the name must end as a picture's, such as .png")
+    picture, words = DRAW[args.what](args)
     try:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        words = DRAW[args.what](args)
-    except (OSError, ValueError) as error:  # ValueError: no such picture format
-        raise UserError(f"cannot write {args.out}: {error}") from None
+        with written_whole(args.out) as temporary:
+            picture.save(temporary, kind)
+    except OSError as error:
+        raise UserError(f"cannot write {args.out}: {error.strerror or error}") from None
     print(f"{args.out}: {words}")
 
 
-def draw_reconstructions(args: argparse.Namespace) -> str:
+def draw_reconstructions(args: argparse.Namespace) -> Drawn:
     from model_mae import model_from_checkpoint  # above util/, as only a command may do
 
     state = load_published(args.checkpoint)
@@ -142,64 +152,41 @@ def draw_reconstructions(args: argparse.Namespace) -> str:
     flags = state.get("args", {})
     mask_ratio = flags.get("mask_ratio", 0.75) if args.mask_ratio is None else args.mask_ratio
     imgs, pixels = images_of(args, state, model.patch_embed, args.images)
-    save_image(reconstruction_grid(model, imgs, mask_ratio, pixels) / 255, args.out)
-    return f"{len(imgs)} images; rows: clean, {mask_ratio:.0%} masked, reconstructed"
+    model, imgs = model.to(args.device), imgs.to(args.device)
+    words = f"{len(imgs)} images; rows: clean, {mask_ratio:.0%} masked, reconstructed"
+    return reconstruction_grid(model, imgs, mask_ratio, pixels), words
 
 
-def draw_neighbours(args: argparse.Namespace) -> str:
+def draw_neighbours(args: argparse.Namespace) -> Drawn:
     encoder, imgs, pixels = encoder_and_images(args, args.among)
-    features = torch.cat([encoder(some)[1] for some in imgs.split(CHUNK)])
-    neighbour_sheet(imgs.__getitem__, features, args.images, pixels).save(args.out)
+    features = torch.cat([encoder(some.to(args.device))[1] for some in imgs.split(CHUNK)])
+    picture = neighbour_sheet(imgs.__getitem__, features, args.images, pixels)
     drawn = min(args.images, len(imgs))
-    return f"{drawn} images, and the nearest of {len(imgs)} by the mean over patches"
+    return picture, f"{drawn} images, and the nearest of {len(imgs)} by the mean over patches"
 
 
-def neighbour_grid(
-    dataset: Dataset, features: Tensor, transform: Callable, pixels: Pixels
-) -> Tensor:
-    """A uint8 picture [3, H', W'] of some images of a dataset, each with its nearest.
-
-    Args:
-        features: [M, D], of all of them.
-    """
-    data = SeededDataset(dataset, transform, seed=0)
-    picture = neighbour_sheet(lambda i: data[0, i][0], features.cpu(), PREVIEW_IMAGES, pixels)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def draw_pca(args: argparse.Namespace) -> str:
+def draw_pca(args: argparse.Namespace) -> Drawn:
     encoder, imgs, pixels = encoder_and_images(args, args.images)
-    colours = components(encoder, imgs)
-    size = imgs.shape[:1:-1]
-    clean = [to_image(img, pixels) for img in imgs]
-    large = [colour.resize(size, Image.Resampling.NEAREST) for colour in colours]
-    rows = [list(pair) for pair in zip(clean, large, strict=True)]
-    half = (len(rows) + 1) // 2  # two pairs a row
-    rows = [rows[i] + (rows[half + i] if half + i < len(rows) else []) for i in range(half)]
-    sheet(rows, ["image", "patches"] * (len(rows[0]) // 2)).save(args.out)
-    return f"{len(imgs)} images; colours: the first three principal components of all patches"
+    words = "colours: the first three principal components of all patches"
+    return pca_sheet(encoder, imgs.to(args.device), pixels), f"{len(imgs)} images; {words}"
 
 
-def draw_attention(args: argparse.Namespace) -> str:
+def draw_attention(args: argparse.Namespace) -> Drawn:
     encoder, imgs, pixels = encoder_and_images(args, args.images)
-    maps = attentions(encoder, imgs)
-    size = imgs.shape[:1:-1]
-    rows = [
-        [to_image(img, pixels), *(heat(one).resize(size, Image.Resampling.NEAREST) for one in some)]
-        for img, some in zip(imgs, maps, strict=True)
-    ]
-    sheet(rows, ["image", *(f"head {n}" for n in range(1, len(rows[0])))]).save(args.out)
-    return f"{len(imgs)} images; where the cls token of the last block looks, by head"
+    words = "where the cls token of the last block looks, by head"
+    return attention_sheet(encoder, imgs.to(args.device), pixels), f"{len(imgs)} images; {words}"
 
 
-def draw_curves(args: argparse.Namespace) -> str:
-    return f"{curves(args.runs, args.out)} curves of {len(args.runs)} runs"
+def draw_curves(args: argparse.Namespace) -> Drawn:
+    picture, count = curves(args.runs)
+    return picture, f"{count} curves of {len(args.runs)} runs"
 
 
 def encoder_and_images(args: argparse.Namespace, count: int) -> tuple[Encoder, Tensor, Pixels]:
+    """The encoder, on the device, and images on the CPU."""
     state = load_published(args.checkpoint)
     encoder = Encoder(state, args.checkpoint)
-    return encoder, *images_of(args, state, encoder.vit.patch_embed, count)
+    return encoder.to(args.device), *images_of(args, state, encoder.vit.patch_embed, count)
 
 
 def images_of(
@@ -207,12 +194,12 @@ def images_of(
 ) -> tuple[Tensor, Pixels]:
     """Images as a checkpoint takes them, and what their pixels are."""
     dataset = open_dataset(args.data_path, train=True)
-    flags = state.get("args", {})
-    vars(args).update(dict.fromkeys(PIXEL_FLAGS), in_chans=embedding.proj.in_channels)
-    inherit_pixels(args, flags, args.checkpoint)
+    unknown = dict.fromkeys((*PIXEL_FLAGS, "resize"))
+    vars(args).update(unknown, in_chans=embedding.proj.in_channels)
+    inherit_pixels(args, state.get("args", {}), args.checkpoint)
     settle_pixels(args, images=dataset)
     pixels = Pixels.of(args)
-    transform = eval_transform(embedding.img_size, 1.0, pixels, flags.get("resize", "crop"))
+    transform = eval_transform(embedding.img_size, 1.0, pixels, args.resize)
     return preview_images(dataset, count, transform), pixels
 
 

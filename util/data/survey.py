@@ -30,11 +30,12 @@ PIXEL_FLAGS = ("in_chans", "pages", "pixel_range", "pixel_mean", "pixel_std")
 def inherit_pixels(
     args: argparse.Namespace, flags: dict[str, Any], source: Any, strict: bool = False
 ) -> None:
-    """Takes what flags say of pixels from a checkpoint's, where the command line does not.
+    """Takes what flags say of pixels, and `--resize`, from a checkpoint's, unless they are given.
 
     Raises:
         UserError: they differ, and `strict`; otherwise a warning says so.
     """
+    args.resize = args.resize or flags.get("resize")
     for name in PIXEL_FLAGS:
         theirs, ours = flags.get(name), getattr(args, name)
         if theirs in (None, "dtype"):  # which the data decide
@@ -57,7 +58,7 @@ def settle_pixels(args: argparse.Namespace, **splits: Dataset) -> dict[str, str]
     """Sets what flags leave open of channels, range, mean and deviation; by the first split.
 
     Args:
-        args: the flags of `PIXEL_FLAGS`, which are overwritten; so they are saved.
+        args: resize, and the flags of `PIXEL_FLAGS`, which are overwritten; so they are saved.
         **splits: data sets by name.
     Returns:
         What was opened, in words, by split; it has been logged.
@@ -76,7 +77,7 @@ def settle_pixels(args: argparse.Namespace, **splits: Dataset) -> dict[str, str]
         return {name: getattr(args, name) for name in PIXEL_FLAGS}, words
 
     found, words = from_rank_zero(settle)
-    vars(args).update(found)
+    vars(args).update(found, resize=args.resize or "crop")
     return words
 
 

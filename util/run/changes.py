@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from util.data.source import few
 from util.errors import UserError
 from util.recipes import RECIPES
 
@@ -42,6 +43,14 @@ def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: st
                 f"--resume auto: {source} is of another experiment: --{name} is {values[0]} there, "
                 f"{values[1]} here; give another --output_dir, or --resume {source}"
             )
+
+
+def check_same_classes(before: list[str] | None, now: list[str], source: str | Path) -> None:
+    """Raises UserError if the classifier to resume was trained with classes of other names."""
+    if before and before != now:
+        odd = few(sorted(set(before) ^ set(now))) or "the same, in another order"
+        other = "--finetune starts from weights alone"
+        raise UserError(f"{source} cannot be resumed: its classes are others ({odd}); {other}")
 
 
 def tell_changes(before: dict[str, Any], flags: dict[str, Any]) -> None:

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from util.distributed import get_rank, get_world_size, is_main_process
@@ -121,10 +123,11 @@ class RunLog:
             lost = f"the line of epoch {epoch} is lost"
             logger.warning(f"warning: cannot write {self._path}: {error.strerror}; {lost}")
 
-    def add_image(self, name: str, image: Tensor, epoch: int) -> None:
-        """Adds a uint8 image [3, H, W] to TensorBoard at the end of an epoch."""
+    def add_image(self, name: str, image: Image.Image, epoch: int) -> None:
+        """Adds a picture to TensorBoard at the end of an epoch."""
         step = self._offset + (epoch + 1) * self._steps
-        self._write(lambda writer: writer.add_image(name, image, step))
+        pixels = np.asarray(image)
+        self._write(lambda writer: writer.add_image(name, pixels, step, dataformats="HWC"))
 
     def _scalars(self, values: dict[str, float], step: int) -> None:
         step += self._offset

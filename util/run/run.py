@@ -20,7 +20,7 @@ from util.distributed import from_rank_zero, get_world_size, host_group
 from util.errors import Stopped, UserError
 from util.lr_sched import global_batch, scale_learning_rate
 from util.misc import MetricLogger
-from util.run.changes import check_experiment, tell_changes
+from util.run.changes import check_experiment, check_same_classes, tell_changes
 from util.run.checkpoint import BEST, LAST, NUMBERED, load, save
 from util.run.folder import claim_folder, open_folder
 from util.run.interrupt import Interrupts
@@ -163,6 +163,7 @@ class Run:
         """
         self._loader, self._metrics, self._steps = loader, metrics, steps
         state, self._resumed = self._resumed, {}
+        check_same_classes(state.get("classes"), self.classes, self._source)
         if self.step > steps:
             at = f"it is at step {self.step}, but an epoch has {steps}"
             raise UserError(f"{self._source} cannot be resumed: {at}")
