@@ -27,7 +27,7 @@ from util.distributed import (
     sum_over_ranks,
 )
 from util.errors import UserError
-from util.features import Features, encode
+from util.features import encode
 from util.layouts import settle_grid
 from util.misc import seed_all
 from util.precision import Precision
@@ -297,8 +297,8 @@ def fit_grid(task: Task) -> None:
     classes, device = len(run.classes), precision.device
     encoder = both_pools(task.model)
     train, val = (encode(encoder, part, args, precision) for part in (task.train, task.val))
-    held = torch.from_numpy(held_out(train.labels.cpu().numpy(), HELD_OUT)).to(device)
-    rest = Features(train.features[~held], train.labels[~held]).cpu()
+    held = torch.from_numpy(held_out(train.labels.cpu().numpy(), HELD_OUT))
+    rest, chosen_by = train.part(~held).cpu(), train.part(held)
     if not held.any():
         raise UserError("--blr auto: classes of one image each leave none to choose by")
     task.model.head = heads = GridHeads(task.model.embed_dim, classes).to(device)
@@ -316,7 +316,7 @@ def fit_grid(task: Task) -> None:
             logits = training.model(inputs)
             training.backward({"loss": heads.loss(logits, labels, weights)})
         broadcast_buffers(heads)
-        grid = heads.accuracies(train.features[held], train.labels[held])
+        grid = heads.accuracies(chosen_by.features, chosen_by.labels)
         heads.chosen.fill_(grid.argmax())
         scores = heads.tally(val.features, val.labels).scores()
         name = f"{heads.name(heads.chosen)} (held out: {grid.max():.2f} %)"

@@ -98,7 +98,7 @@ class _NTXent(torch.autograd.Function):
 
             scaled = anchors[tile] / temperature
             logits = scaled @ candidates.T
-            logits[row, own + offset] = -torch.inf  # an anchor is no candidate for itself
+            logits.diagonal(begin + offset).fill_(-torch.inf)  # no anchor is its own candidate
             highest, nearest = logits.max(dim=1)
             hits += (nearest == positive).sum()
             loss += (highest - logits[row, positive]).sum()

@@ -18,6 +18,7 @@ from model_vit import build_probe
 from util.args import linprobe_parser as get_args_parser
 from util.data.loader import eval_loader, train_loader
 from util.data.order import SeededDataset
+from util.data.pixels import Pixels
 from util.data.transforms import probe_transform_of
 from util.features import encode, knn_accuracies
 from util.lars import LARS
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         trained, val_loader = model, task.val_loader
         data = SeededDataset(task.train, probe_transform_of(args), args.seed)
-        loader = train_loader(data, args, device)
+        loader = train_loader(data, args, device, finish=Pixels.of(args).finish)
     training = Training(trained, loader, optimizer, precision, args, task.run)
     fit(training, val_loader, weights=task.class_weights())
 

@@ -247,10 +247,13 @@ class Fleet:
 
     def send(self, number: int) -> bool:
         """A signal to all that still run; whether there were any."""
-        running = [member for member in self.members if member.is_alive()]
-        for member in running:
-            os.kill(member.pid, number)
-        return bool(running)
+        sent = 0
+        for member in self.members:
+            with contextlib.suppress(ProcessLookupError):  # it ends just now
+                if member.is_alive():
+                    os.kill(member.pid, number)
+                    sent += 1
+        return sent > 0
 
     def wait(self, timeout: float = GONE) -> list[int]:
         """Exit statuses, once all are gone, with whatever they started."""

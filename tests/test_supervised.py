@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import at_step, log_of, losses_of, python, run_main, state_of, the_error
 from PIL import Image
+from torchvision.transforms import Compose
 
 import main_finetune
 import main_linprobe
 import main_pretrain
 import model_mae
+from util.data.pixels import Pixels
 from util.data.transforms import eval_transform_of
 from util.datasets import build_transform, open_labelled
 from util.run import checkpoint
@@ -62,7 +64,11 @@ def test_probing_leaves_the_encoder_bit_identical(extra, flags, pretrained, tmp_
 def test_cached_features_train_as_images_do_where_these_are_not_augmented(
     flags, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(main_linprobe, "probe_transform_of", eval_transform_of)
+    def unchanged(args):
+        """Evaluation's, normalised by the loader as the probe's crops are."""
+        return Compose([*eval_transform_of(args).transforms[:-1], Pixels.of(args).as_tensor])
+
+    monkeypatch.setattr(main_linprobe, "probe_transform_of", unchanged)
     flags += ["--epochs", 3, "--precision", "fp32", "--blr", 10]
     assert run_main(main_linprobe, *flags) == 0
     assert run_main(main_linprobe, *flags, "--cache_features", "--output_dir", tmp_path / "c") == 0

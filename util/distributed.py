@@ -3,6 +3,8 @@
 import argparse
 import datetime
 import os
+import socket
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,8 +17,11 @@ from util.meeting import meet, place
 T = TypeVar("T")
 
 _host_group: dist.ProcessGroup | None = None
+_watched: dist.Work | None = None  # on the host; it fails if another process ends
 _patient_group: dist.ProcessGroup | None = None  # for `from_rank_zero`
 STEP_TIMEOUT = datetime.timedelta(minutes=10)  # a process that is later than this has hung
+GATHERED = 2**14  # rows of each process that are sent at once
+POLL = 1e-3  # seconds between looks at a GPU
 RANK_ZERO_TIMEOUT = datetime.timedelta(hours=12)  # it may list a million files, or download them
 
 
@@ -67,11 +72,55 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     rank, local_rank, world_size = place(args)
     device = choose_device(args.device, local_rank)
     store = meet(args, rank, world_size)
+    if name := gloo_interface(os.environ.get("NCCL_SOCKET_IFNAME", "")):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     group = {"store": store, "rank": rank, "world_size": world_size, "timeout": STEP_TIMEOUT}
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **group)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device, **group)
+    else:
+        dist.init_process_group("gloo", **group)
     _host_group = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
     _patient_group = dist.new_group(backend="gloo", timeout=RANK_ZERO_TIMEOUT)
     return device
+
+
+def gloo_interface(nccl: str) -> str:
+    """The network interface that NCCL_SOCKET_IFNAME means, for gloo; '' if it is not just one.
+
+    nccl takes beginnings of names, and whole ones after `=`; after `^`, those to leave out.
+    """
+    words, here = nccl.lstrip("=").split(","), [name for _, name in socket.if_nameindex()]
+    whole = nccl.startswith("=")
+    meant = [n for n in here if (n in words if whole else n.startswith(tuple(words)))]
+    return meant[0] if nccl and len(meant) == 1 else ""
+
+
+def watch(work: dist.Work) -> None:
+    """Makes `wait_for` raise what this work on the host raises, as when another process ended."""
+    global _watched
+    _watched = work
+
+
+def wait_for(event: torch.cuda.Event) -> None:
+    """Waits for a GPU, but hears signals, and notices when another process has ended.
+
+    Without it, nccl waits for that one's part forever, and this process in the driver.
+
+    Raises:
+        RuntimeError: gloo's, of another process's end.
+    """
+    while not event.query():
+        if _watched is not None and _watched.is_completed():
+            _watched.wait()
+        time.sleep(POLL)
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Waits for all that a GPU was asked for, as `wait_for`; before the host reads a result."""
+    if device.type == "cuda":
+        event = torch.cuda.Event()
+        event.record()
+        wait_for(event)
 
 
 def host_group() -> dist.ProcessGroup:
@@ -121,20 +170,20 @@ def broadcast_buffers(model: torch.nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def gather_rows(
-    rows: torch.Tensor, total: int, group: dist.ProcessGroup | None = None
-) -> torch.Tensor:
-    """All ranks' rows, where rank r of W holds the rows r, r + W, ... of `total`.
-
-    Args:
-        group: `host_group()` for rows that are on the host.
-    """
+def gather_rows(rows: torch.Tensor, total: int) -> torch.Tensor:
+    """All ranks' rows, where rank r of W holds the rows r, r + W, ... of `total`."""
     world_size = get_world_size()
     if world_size == 1:
         return rows
-    most = -(-total // world_size)
-    padded = rows.new_zeros(most, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(gathered, padded, group=group)
-    return torch.stack(gathered, dim=1).flatten(0, 1)[:total]
+    group = None if rows.is_cuda else _host_group
+    gathered = rows.new_empty(total, *rows.shape[1:])
+    for start in range(0, -(-total // world_size), GATHERED):  # in parts: no second copy of all
+        count = min(GATHERED, -(-total // world_size) - start)
+        part = rows.new_zeros(count, *rows.shape[1:])
+        part[: len(rows) - start] = rows[start : start + count]
+        parts = [torch.empty_like(part) for _ in range(world_size)]
+        dist.all_gather(parts, part, group=group)
+        for rank, found in enumerate(parts):
+            place = gathered[start * world_size + rank : (start + count) * world_size : world_size]
+            place.copy_(found[: len(place)])
+    return gathered

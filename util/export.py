@@ -35,7 +35,7 @@ def get_args_parser() -> Parser:
     parser = Parser(prog="util.export", description="Write a checkpoint for timm, transformers")
     text = "path or URL; pretrained, probed or fine-tuned, of any layout that --init takes"
     parser.add_argument("--checkpoint", required=True, help=text)
-    text = "a .safetensors file, of the encoder; or a folder or .onnx file, with the classifier if any"
+    text = "a .safetensors file, of the encoder; or a folder or .onnx file, with the classifier too"
     parser.add_argument("--out", default="vit.safetensors", help=text)
     text = "what opens the folder: timm (local-dir:FOLDER), or ViTModel and ViTMAEForPreTraining"
     parser.add_argument("--format", choices=("timm", "transformers"), default="timm", help=text)

@@ -4,6 +4,7 @@ Shapes: M images, D feature width, k neighbours.
 """
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,15 +21,22 @@ from util.errors import UserError
 from util.precision import Precision
 from util.run.interrupt import Poll, polled
 
+logger = logging.getLogger(__name__)
+
 # Of the weighted vote (Wu et al. 2018), with the k of DINO (Caron et al. 2021).
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
-CHUNK = 1024  # images classified at once: bounds the memory for their similarities
+CHUNK, REFERENCES = 1024, 2**15  # images compared with others at once: bounds the memory for it
+HALF_ABOVE = 10**9  # bytes of all features in float32: more are kept in float16
+SHARE = 0.5  # of a GPU's free memory: features that need more are kept on the host
 
 
 @dataclass
 class Features(Dataset):
-    """All images' `features` [M, D], float32, and `labels` [M], the same on every process."""
+    """All images' `features` [M, D] and `labels` [M], the same on every process.
+
+    The labels are on the device; the features too, unless they are too many (`encode`).
+    """
 
     features: Tensor
     labels: Tensor
@@ -38,10 +46,15 @@ class Features(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         _, index = key  # (epoch, index), as for `SeededDataset`
-        return self.features[index], self.labels[index]
+        return self.features[index].float(), self.labels[index]
 
     def cpu(self) -> "Features":
         return Features(self.features.cpu(), self.labels.cpu())
+
+    def part(self, chosen: Tensor) -> "Features":
+        """Those of some images, by a mask [M]."""
+        there = chosen.to(self.features.device), chosen.to(self.labels.device)
+        return Features(self.features[there[0]], self.labels[there[1]])
 
 
 @torch.no_grad()
@@ -52,7 +65,7 @@ def encode(
     precision: Precision,
     poll: Poll | None = None,
 ) -> Features:
-    """The features of all images of a dataset, resized and centre-cropped; on the device.
+    """The features of all images of a dataset, resized and centre-cropped.
 
     Args:
         encoder: from images [N, C, H, W] to features [N, D].
@@ -62,18 +75,33 @@ def encode(
     Raises:
         UserError: fewer images than processes, or too many that are not readable.
     """
-    total = len(dataset)
+    total, device = len(dataset), precision.device
     if total < get_world_size():
         raise UserError(f"{total} images are too few to share among {get_world_size()} processes")
     images = SeededDataset(dataset, eval_transform_of(args), args.seed)
-    features, labels = [], []
-    loader = eval_loader(images, args, precision.device, share=True)
+    loader = eval_loader(images, args, device, share=True)
+    own = len(loader.sampler)
+    features, labels, done = None, torch.empty(own, dtype=torch.int64, device=device), 0
     for batch, batch_labels in polled(loader, poll):
         with precision.autocast():
-            features.append(encoder(batch).float())
-        labels.append(batch_labels.to(precision.device))
+            rows = encoder(batch).float()
+        if features is None:
+            features = _room(own, total, rows.shape[1], device)
+        place = slice(done, done := done + len(rows))
+        features[place], labels[place] = rows, batch_labels.to(device, non_blocking=True)
     loader.report_bad()
-    return Features(gather_rows(torch.cat(features), total), gather_rows(torch.cat(labels), total))
+    return Features(gather_rows(features, total), gather_rows(labels, total))
+
+
+def _room(own: int, total: int, width: int, device: torch.device) -> Tensor:
+    """Memory for this process's features, where all of them have room, too."""
+    size, dtype = 4 * total * width, torch.float32
+    if size > HALF_ABOVE:
+        size, dtype = size // 2, torch.float16
+    if device.type == "cuda" and size * (1 + own / total) > SHARE * torch.cuda.mem_get_info()[0]:
+        logger.info(f"{total:,} features of {size / 1e9:.1f} GB are kept in the host's memory")
+        device = torch.device("cpu")
+    return torch.empty(own, width, dtype=dtype, device=device)
 
 
 def knn_accuracy(train: Features, val: Features, k: int = NEIGHBOURS) -> float:
@@ -88,17 +116,37 @@ def knn_accuracies(
 
     The processes share the images of `val`; k is lowered to the number of images in `train`.
     """
-    reference = F.normalize(train.features, dim=1)
     share = slice(get_rank(), None, get_world_size())
-    queries, answers = F.normalize(val.features[share], dim=1), val.labels[share]
+    queries = val.features[share].split(CHUNK)
+    found = [_Nearest(query.to(train.labels.device), max(ks)) for query in queries]
+    tiles = train.features.split(REFERENCES), train.labels.split(REFERENCES)
+    for tile, labels in zip(*tiles, strict=True):
+        reference = F.normalize(tile.to(labels.device).float(), dim=1)
+        for nearest in found:
+            nearest.look_at(reference, labels)
     classes = int(train.labels.max()) + 1
-    correct = torch.zeros(len(ks), dtype=torch.int64, device=reference.device)
-    for query, answer in zip(queries.split(CHUNK), answers.split(CHUNK), strict=True):
-        nearest = (query @ reference.T).topk(min(max(ks), len(reference)))
-        labels, weights = train.labels[nearest.indices], (nearest.values / TEMPERATURE).exp()
+    correct = torch.zeros(len(ks), dtype=torch.int64, device=train.labels.device)
+    for nearest, answers in zip(found, val.labels[share].split(CHUNK), strict=True):
+        weights = (nearest.similarities / TEMPERATURE).exp()
         for i, k in enumerate(ks):
-            votes = query.new_zeros(len(query), classes)
-            votes.scatter_add_(1, labels[:, :k], weights[:, :k])
-            correct[i] += (votes.argmax(dim=1) == answer).sum()
+            votes = weights.new_zeros(len(weights), classes)
+            votes.scatter_add_(1, nearest.labels[:, :k], weights[:, :k])
+            correct[i] += (votes.argmax(dim=1) == answers).sum()
     shares = (100 * sum_over_ranks(correct) / len(val)).tolist()
     return dict(zip(ks, shares, strict=True))
+
+
+class _Nearest:
+    """The k nearest, of those looked at so far, of each query [Q, D]: similarities and labels."""
+
+    def __init__(self, queries: Tensor, k: int):
+        self.queries, self.k = F.normalize(queries.float(), dim=1), k
+        self.similarities = self.queries.new_zeros(len(queries), 0)
+        self.labels = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
+
+    def look_at(self, reference: Tensor, labels: Tensor) -> None:
+        found = (self.queries @ reference.T).topk(min(self.k, len(reference)))
+        similarities = torch.cat([self.similarities, found.values], dim=1)
+        labels = torch.cat([self.labels, labels[found.indices]], dim=1)
+        best = similarities.topk(min(self.k, similarities.shape[1]))
+        self.similarities, self.labels = best.values, labels.gather(1, best.indices)

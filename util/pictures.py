@@ -17,6 +17,7 @@ from torch import Tensor
 from util.data.pixels import Pixels
 from util.encoders import Encoder
 from util.errors import UserError
+from util.features import REFERENCES
 
 NEIGHBOURS = 8
 TILE, GAP, TEXT = 112, 6, 15  # pixels
@@ -58,10 +59,11 @@ def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image
 
 def neighbours(features: Tensor, queries: Sequence[int]) -> list[list[int]]:
     """Of each query image its nearest others, by the cosine similarity of features [N, D]."""
-    unit = F.normalize(features.float(), dim=1)
-    similar = unit[list(queries)] @ unit.T
+    asked = F.normalize(features[list(queries)].float(), dim=1)
+    tiles = (F.normalize(tile.float(), dim=1) for tile in features.split(REFERENCES))
+    similar = torch.cat([asked @ tile.T for tile in tiles], dim=1)
     similar[range(len(queries)), list(queries)] = -math.inf
-    return similar.topk(min(NEIGHBOURS, len(unit) - 1)).indices.tolist()
+    return similar.topk(min(NEIGHBOURS, len(features) - 1)).indices.tolist()
 
 
 def neighbour_sheet(

@@ -1,9 +1,16 @@
 """The number format of the forward pass; parameters, optimizer and losses stay float32."""
 
 import ctypes
+import logging
 
 import torch
 from timm.layers import set_fused_attn
+
+from util.distributed import is_main_process, max_over_ranks
+
+logger = logging.getLogger(__name__)
+
+CAPABILITY = (torch.float32, torch.float16, torch.bfloat16)  # what `auto` prefers, last
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
@@ -21,6 +28,19 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     questions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # torch has no public ones
     native = any(getattr(torch.cpu, question, bool)() for question in questions)
     return torch.bfloat16 if native else torch.float32
+
+
+def common_precision(name: str, device: torch.device) -> torch.dtype:
+    """`resolve_precision` of the least capable process's device, for all of them.
+
+    Ranks of other formats would scale losses by other factors, and drift apart.
+    """
+    own = CAPABILITY.index(resolve_precision(name, device))
+    least, most = -max_over_ranks(-own), max_over_ranks(own)
+    if least < most and is_main_process():
+        words = [str(CAPABILITY[place]).removeprefix("torch.") for place in (most, least)]
+        logger.warning("warning: not all devices compute in {}: all use {}".format(*words))
+    return CAPABILITY[least]
 
 
 def choose_attention(dtype: torch.dtype) -> None:
@@ -45,7 +65,7 @@ def keep_freed_memory() -> None:
 
 
 class Precision:
-    """Autocast and loss scaling of one run; to be made before the model.
+    """Autocast and loss scaling of one run; to be made before the model, on every rank.
 
     On a CPU this also makes this process's steps fast: see `choose_attention` and
     `keep_freed_memory`.
@@ -57,7 +77,7 @@ class Precision:
 
     def __init__(self, name: str, device: torch.device):
         self.device = device
-        self.dtype = resolve_precision(name, device)
+        self.dtype = common_precision(name, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         if device.type == "cpu":
             choose_attention(self.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from util.data.source import labels_of, name_of
-from util.distributed import from_rank_zero, gather_rows, host_group
+from util.distributed import from_rank_zero, gather_rows
 from util.errors import UserError
 from util.files import written_whole
 
@@ -71,8 +71,9 @@ def count(logits: Tensor, labels: Tensor) -> Tensor:
     classes = logits.shape[1]
     loss = F.cross_entropy(logits.float(), labels, reduction="none").double().sum()
     top5 = logits.topk(min(TOP, classes)).indices == labels[:, None]
-    right, every = (
-        torch.bincount(some, minlength=classes) for some in (labels[top5[:, 0]], labels)
+    # Sums by class: `bincount` would make the host wait for a GPU.
+    right, every = loss.new_zeros(2, classes).scatter_add_(
+        1, labels.expand(2, -1), torch.stack([top5[:, 0], torch.ones_like(labels)]).double()
     )
     return torch.cat([torch.stack([loss, top5.sum()]), right, every])
 
@@ -101,7 +102,7 @@ class Predictions:
     def write(self, path: str) -> None:
         """Writes them on rank 0, as a CSV; every rank calls it."""
         rows = torch.cat(self._rows)
-        rows = gather_rows(rows, len(self.dataset), host_group()) if self.share else rows
+        rows = gather_rows(rows, len(self.dataset)) if self.share else rows
         values, numbers = rows.chunk(2, dim=1)
         header = ["file", *["label"] * self.labelled]
         for place in range(1, values.shape[1] + 1):

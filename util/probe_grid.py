@@ -42,7 +42,8 @@ class GridHeads(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         classes, width = self.weight.shape[1:]
-        inputs = self.norm(features).view(-1, len(POOLS), width).transpose(0, 1)  # [2, N, D]
+        inputs = self.norm(features.float()).view(-1, len(POOLS), width)
+        inputs = inputs.transpose(0, 1)  # [2, N, D]
         matrix = (self.weight * self.scale[:, None, None]).view(len(POOLS), -1, width)
         logits = inputs @ matrix.transpose(1, 2)  # [2, N, R K]
         logits = logits.unflatten(2, (-1, classes)).transpose(1, 2).flatten(0, 1)
@@ -60,7 +61,7 @@ class GridHeads(nn.Module):
         was_training = self.training
         self.eval()
         right = sum(
-            (self(some).argmax(dim=2) == answers).sum(dim=1)
+            (self(some.to(labels.device)).argmax(dim=2) == answers).sum(dim=1)
             for some, answers in zip(features.split(CHUNK), labels.split(CHUNK), strict=True)
         )
         self.train(was_training)
@@ -70,7 +71,8 @@ class GridHeads(nn.Module):
     def tally(self, features: Tensor, labels: Tensor) -> Tally:
         """Counts of the chosen head on a dataset's features."""
         self.eval()
-        logits = torch.cat([self(some)[self.chosen] for some in features.split(CHUNK)]).float()
+        parts = (some.to(labels.device) for some in features.split(CHUNK))
+        logits = torch.cat([self(part)[self.chosen] for part in parts]).float()
         self.train()
         return Tally.of(count(logits, labels))
 

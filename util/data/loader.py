@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class DeviceLoader(DataLoader):
         self.replaced: list[bool] = []
         self._met: dict[str, str] = {}
         self.device, self.finish = device, to_device if on_host or not finish else finish
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = copy_stream(device) if device.type == "cuda" else None
 
     def _check_shared_memory(self) -> None:
         """Raises UserError where loader processes would fill /dev/shm, through which batches go.
@@ -166,6 +166,12 @@ class DeviceLoader(DataLoader):
                     file.writelines(f"{name}\n" for name in bad)
                 return f"listed in {path}"
         return ", ".join(sorted(self.bad)[:3]) + ", ..."
+
+
+@cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU on which all loaders copy: each more would keep memory of its own."""
+    return torch.cuda.Stream(device)
 
 
 def train_loader(

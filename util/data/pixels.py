@@ -106,6 +106,18 @@ class Pixels:
         values = fit_channels(values, kind, self.in_chans)
         return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
 
+    def as_tensor(self, image: Image.Image | Tensor) -> Tensor:
+        """What `load` returns, as `decode` would: [C, H, W] in 0 .. 255."""
+        return image if isinstance(image, Tensor) else TF.pil_to_tensor(image)
+
+    def finish(self, images: Tensor, device: torch.device) -> Tensor:
+        """The model's input [N, C, H, W] on a device, from a batch of `as_tensor`'s."""
+        images = images.to(device, non_blocking=True) / 255
+        # Not `TF.normalize`, for which the host would wait for a GPU.
+        for channel, mean, std in zip(images.unbind(1), self.mean, self.std, strict=True):
+            channel.sub_(mean).div_(std)
+        return images
+
     def normalise(self, image: Image.Image | Tensor) -> Tensor:
         """The model's input [C, H, W] from what `load` returns; the last step of a transform."""
         scaled = image / 255 if isinstance(image, Tensor) else TF.to_tensor(image)

@@ -1,7 +1,7 @@
 """Transforms of one image at a time, for evaluation, probing and fine-tuning.
 
 Each takes an image as `open_image` returns it, decoded or not, and ends with the model's input
-[C, H, W], normalised.
+[C, H, W], normalised; the probe's with pixels, a quarter of the bytes, for the device to normalise.
 """
 
 import argparse
@@ -132,10 +132,10 @@ def flips(flip: str | None, rotate90: bool) -> list:
 def probe_transform(
     input_size: Side, pixels: Pixels = RGB, flip: str | None = None, rotate90: bool = False
 ) -> T.Compose:
-    """The linear probe's weak augmentation."""
+    """The linear probe's weak augmentation; not normalised, see `Pixels.finish`."""
     size, ratio = height_width(input_size), crop_ratio(input_size)
     crop = RandomResizedCrop(size, ratio=ratio, interpolation=BICUBIC)
-    return T.Compose([pixels.load, crop, *flips(flip, rotate90), pixels.normalise])
+    return T.Compose([pixels.load, crop, *flips(flip, rotate90), pixels.as_tensor])
 
 
 def probe_transform_of(args: argparse.Namespace) -> T.Compose:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from util.distributed import is_main_process, mean_over_ranks
+from util.distributed import is_main_process, mean_over_ranks, wait_for
 from util.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class FiniteCheck:
             return True
         (place, names, means, copied), self._pending = self._pending, None
         if copied is not None:
-            copied.synchronize()
+            wait_for(copied)
         if means.isfinite().all():
             self._in_a_row = {True: 0, False: 0}
             return True

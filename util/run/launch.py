@@ -25,6 +25,8 @@ from util.run.lock import release_locks
 logger = logging.getLogger(__name__)
 
 PEER_LOST = "another process of this run died or hung, see its own messages"
+# In nccl's errors that tell of another process's end.
+NCCL_PEER = ("ncclRemoteError", "remote process", "aborted", "collective operation timeout")
 _launched = False  # by `launch`, after which the process ends
 RANK_ZERO_FIRST = 1.0  # seconds: most errors are met by all ranks, and one line is enough
 
@@ -98,6 +100,8 @@ def launch(main: Callable[[Namespace], None], args: Namespace) -> None:
                 _fail(line)
             if get_world_size() == 1:
                 raise
+            if words := nccl_words(error):
+                _fail(words)
             if _is_of_a_peer(error):
                 _fail(f"{PEER_LOST}; --resume auto continues from the last save")
             traceback.print_exc()
@@ -119,6 +123,21 @@ def _is_of_a_peer(error: Exception) -> bool:
         return True
     gloos = ("gloo/transport", "Operation timed out!", "timeout caused pair closure")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in gloos)
+
+
+def nccl_words(error: Exception) -> str:
+    """What nccl itself says of an error that is no other process's end; else ''.
+
+    Its message ends with the kind (`ncclInvalidUsage: ...`), a line `Last error:`, and the cause.
+    """
+    text = str(error)
+    if not isinstance(error, dist.DistBackendError) or any(words in text for words in NCCL_PEER):
+        return ""
+    about, _, cause = text.partition("Last error:")
+    lines = [line.strip() for line in about.splitlines() if line.strip()]
+    kind = next((line for line in lines if line.startswith("nccl")), lines[0] if lines else "")
+    causes = [line.strip() for line in cause.splitlines() if line.strip()]
+    return f"nccl: {'; '.join([*causes[:1], kind])}; NCCL_DEBUG=INFO prints more"
 
 
 def _fail(message: str) -> None:
