@@ -319,7 +319,7 @@ def fit_grid(task: Task) -> None:
         grid = heads.accuracies(chosen_by.features, chosen_by.labels)
         heads.chosen.fill_(grid.argmax())
         scores = heads.tally(val.features, val.labels).scores()
-        name = f"{heads.name(heads.chosen)} (held out: {grid.max():.2f} %)"
+        name = f"{heads.name(heads.chosen)} (held out: {grid.max().item():.2f} %)"
         logger.info(f"epoch {epoch}: {summary(scores)}; chosen: {name}")
         tests = {f"test_{key}": value for key, value in scores.items()}
         tests |= {f"grid_{heads.name(i)}": value for i, value in enumerate(grid.tolist())}

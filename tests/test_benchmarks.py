@@ -13,6 +13,7 @@ COMMANDS = {
     "file_list.py --files 20000": "20,000",
     "data_scale.py --files 2000 --samples 5000000": "after a resume: the same",
     "shards.py --images 200": "shards of 100",
+    "saving.py --millions 1 --saves 1": "a state of 0.0 GB into 3 files",
     "figure.py": "",
 }
 

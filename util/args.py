@@ -91,7 +91,7 @@ def common_flags() -> argparse.ArgumentParser:
         help="epochs between numbered checkpoints; the last epoch's is always kept")
     add("--keep_last", type=POSITIVE, help="newest numbered checkpoints to keep; default: all")
     add("--save_interval", type=ABOVE_0, default=15.0,
-        help="minutes between saves of checkpoint-last.pth within an epoch")
+        help="minutes between saves of checkpoint-last.pth, within epochs and after them")
     add("--resume", default="", metavar="auto|PATH|URL",
         help="checkpoint to continue from; auto: output_dir's checkpoint-last.pth if there is one")
     add("--overwrite", action="store_true", help="remove the run that output_dir holds; otherwise "

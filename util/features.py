@@ -52,9 +52,10 @@ class Features(Dataset):
         return Features(self.features.cpu(), self.labels.cpu())
 
     def part(self, chosen: Tensor) -> "Features":
-        """Those of some images, by a mask [M]."""
-        there = chosen.to(self.features.device), chosen.to(self.labels.device)
-        return Features(self.features[there[0]], self.labels[there[1]])
+        """Those of some images, by a mask [M] on the host."""
+        rows = chosen.nonzero()[:, 0]
+        features, labels = self.features, self.labels
+        return Features(features[rows.to(features.device)], labels[rows.to(labels.device)])
 
 
 @torch.no_grad()

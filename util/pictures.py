@@ -59,10 +59,11 @@ def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image
 
 def neighbours(features: Tensor, queries: Sequence[int]) -> list[list[int]]:
     """Of each query image its nearest others, by the cosine similarity of features [N, D]."""
-    asked = F.normalize(features[list(queries)].float(), dim=1)
+    own = torch.tensor(list(queries)).to(features.device)
+    asked = F.normalize(features[own].float(), dim=1)
     tiles = (F.normalize(tile.float(), dim=1) for tile in features.split(REFERENCES))
     similar = torch.cat([asked @ tile.T for tile in tiles], dim=1)
-    similar[range(len(queries)), list(queries)] = -math.inf
+    similar.scatter_(1, own[:, None], -math.inf)
     return similar.topk(min(NEIGHBOURS, len(features) - 1)).indices.tolist()
 
 

@@ -72,7 +72,8 @@ class GridHeads(nn.Module):
         """Counts of the chosen head on a dataset's features."""
         self.eval()
         parts = (some.to(labels.device) for some in features.split(CHUNK))
-        logits = torch.cat([self(part)[self.chosen] for part in parts]).float()
+        chosen = int(self.chosen)
+        logits = torch.cat([self(part)[chosen] for part in parts]).float()
         self.train()
         return Tally.of(count(logits, labels))
 

@@ -9,12 +9,14 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import socket
 import stat
 import zipfile
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlparse
 
 import numpy as np
@@ -43,6 +45,7 @@ ALLOWED += [
     for core in ("_core", "core")
 ]
 HUGGING_FACE_FILES = ("pytorch_model.bin", "model.safetensors")  # in a model's folder
+BLOCK = 2**24  # bytes copied at once
 DOWNLOAD_TIMEOUT = 60.0  # seconds without data
 HASH = re.compile(
     r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,})\."
@@ -55,10 +58,24 @@ def save(state: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: the file cannot be written (no permission, disk full); the old one is untouched.
     """
+    _write(path, lambda file: torch.save(state, file))
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copies a checkpoint; as `save`. Not a link: damage to one file must leave the other good."""
+
+    def copy(file: IO[bytes]) -> None:
+        with open(source, "rb") as content:
+            shutil.copyfileobj(content, file, BLOCK)
+
+    _write(path, copy)
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

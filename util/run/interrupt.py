@@ -60,7 +60,7 @@ class Interrupts:
                 self._requested = signal.SIGTERM
             for number in STOP_SIGNALS:
                 _handle(number, self._on_signal)
-        due = time.monotonic() - self._since >= self.save_interval
+        due = self.is_due()
         flags = torch.tensor([self._requested, int(due)])
         if get_world_size() == 1:
             return self._requested, due
@@ -73,6 +73,10 @@ class Interrupts:
         work.wait()
         due, self._late = bool(flags[1]) and not self._late, False
         return int(flags[0]), due
+
+    def is_due(self) -> bool:
+        """Whether this rank's interval is over."""
+        return time.monotonic() - self._since >= self.save_interval
 
     def saved(self) -> None:
         """Restarts the save interval; every rank calls it after the same step."""

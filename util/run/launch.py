@@ -19,6 +19,7 @@ from util.data.loader import end_loaders, explain
 from util.distributed import get_rank, get_world_size
 from util.errors import STOP_SIGNALS, Stopped, UserError
 from util.parents import end_with_launcher
+from util.run.background import finish_background
 from util.run.interrupt import restore_handlers
 from util.run.lock import release_locks
 
@@ -70,6 +71,7 @@ class Surroundings:
 def tear_down(before: Surroundings | None = None) -> None:
     """Ends loader processes and the process group, releases locks, restores what was before."""
     _end_loaders()
+    finish_background()
     if dist.is_initialized():
         dist.destroy_process_group()
     release_locks()
@@ -165,6 +167,7 @@ def _leave() -> None:
     if get_world_size() == 1:
         sys.exit(1)
     _end_loaders()
+    finish_background()
     release_locks()
     # Destroying the group would wait for the others; those waiting for us notice that we are gone.
     for stream in (sys.stdout, sys.stderr):

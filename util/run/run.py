@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from util.distributed import from_rank_zero, get_world_size, host_group
 from util.errors import Stopped, UserError
 from util.lr_sched import global_batch, scale_learning_rate
 from util.misc import MetricLogger
+from util.run.background import Background, HostCopy
 from util.run.changes import check_experiment, check_same_classes, tell_changes
-from util.run.checkpoint import BEST, LAST, NUMBERED, load, save
+from util.run.checkpoint import BEST, LAST, NUMBERED, copy_file, load, save
 from util.run.folder import claim_folder, open_folder
 from util.run.interrupt import Interrupts
 from util.run.lock import check_locks
@@ -55,6 +57,7 @@ class Run:
         _model, _states; _loader, _metrics: what is saved, registered by `resume` and `begin`.
         _resumed, _source: the checkpoint to resume, until all of it is loaded, and its path.
         _interrupts, _given: stop requests and the clock; flags as they were given.
+        _background, _copy: writes checkpoints while training goes on, from a copy of the state.
         _steps: of an epoch.
         _saved: the position of the last save.
     Raises:
@@ -71,6 +74,7 @@ class Run:
         self.data: dict[str, str] = {}
         self.classes: list[str] = []
         self._interrupts = Interrupts(60 * args.save_interval)
+        self._background, self._copy = Background(), HostCopy()
         self._model: nn.Module | None = None
         self._states: dict[str, Any] = {}
         self._loader: DeviceLoader | None = None
@@ -198,6 +202,8 @@ class Run:
         """
         number, due = self._interrupts.poll()
         check_locks()
+        for error in self._background.failures():
+            logger.warning(f"warning: {error}; training continues; the next save tries again")
         if not (number or due):
             return
         if check is not None:
@@ -210,7 +216,9 @@ class Run:
             raise Stopped(number, saved=self.folder is not None)
 
     def save(self, epoch: int, score: float | None = None) -> None:
-        """Saves the state after an epoch: always as the last, every save_freq epochs numbered.
+        """Saves the state after an epoch: every save_freq epochs numbered, and as the last.
+
+        If it is neither the best, numbered nor the run's end, only when the interval is over.
 
         Args:
             score: the state with the highest one so far is also saved as the best.
@@ -219,22 +227,24 @@ class Run:
         """
         self.epoch, self.step = epoch + 1, 0
         final = self.epoch == self.args.epochs
-        names = [LAST]  # written last: a run that is killed before it repeats the epoch
+        names = []
         if score is not None and score > self.best:
             self.best = score
             names.insert(0, BEST)
         if final or self.epoch % self.args.save_freq == 0:
             names.insert(0, NUMBERED.format(epoch))
-        self._save(names, {}, final)
+        if names or from_rank_zero(self._interrupts.is_due):
+            # The last comes last: a run that is killed before it repeats the epoch.
+            self._save([*names, LAST], {}, final)
 
     def _save(self, names: list[str], position: dict[str, Any], last_chance: bool) -> None:
-        """Writes files on rank 0, while others wait."""
+        """Takes a copy of the state on rank 0, while others wait, and writes files from it."""
         self._interrupts.saved()
         if self.folder is not None:
             from_rank_zero(lambda: self._write(names, position, last_chance))
 
     def _write(self, names: list[str], position: dict[str, Any], last_chance: bool) -> None:
-        """Tries all files; raises UserError with the first failure, if it is the last chance."""
+        """Waits for the files, and raises UserError if one fails, only if it is the last chance."""
         state = {name: part.state_dict() for name, part in self._states.items()} | position
         state |= {"model": self._model.state_dict(), "epoch": self.epoch - 1}
         state |= {"args": vars(self.args), "given_accum_iter": self._given["accum_iter"]}
@@ -243,26 +253,35 @@ class Run:
         state |= {"data": self.data, "classes": self.classes}
         state |= {"bad_images": sorted(self._loader.bad), "best": self.best}
         state["logged_steps"] = self.offset + self.epoch * self._steps + self.step
-        failed = []
-        for name in names:
+        self._background.wait()  # it may still write from the copy before
+        state, place = self._copy.take(state), f"epoch {self.epoch}, step {self.step}"
+        self._background.start(partial(self._write_files, state, names, place, self.epoch))
+        if last_chance:
+            self._background.wait()
+            for error in self._background.failures():
+                raise error
+
+    def _write_files(
+        self, state: dict[str, Any], names: list[str], place: str, epoch: int
+    ) -> list[UserError]:
+        """Tries all files, in a thread; returns the failures."""
+        failed, written = [], None
+        for path in (self.folder / name for name in names):
             try:
-                save(state, self.folder / name)
-                self._saved = f"epoch {self.epoch}, step {self.step}"
+                copy_file(written, path) if written else save(state, path)
+                written, self._saved = path, place
             except UserError as error:
                 failed.append(error)
-        if failed and last_chance:
-            raise failed[0]
-        for error in failed:
-            logger.warning(f"warning: {error}; training continues; the next save tries again")
         if self.args.keep_last and not failed:
-            self._remove_old()
+            self._remove_old(epoch)
+        return failed
 
-    def _remove_old(self) -> None:
-        """Removes numbered checkpoints but the newest; never any of later epochs than this."""
+    def _remove_old(self, epoch: int) -> None:
+        """Removes numbered checkpoints but the newest before an epoch; never any later ones."""
         try:
-            past = [epoch for epoch in self._numbered() if epoch < self.epoch]
-            for epoch in past[: -self.args.keep_last]:
-                (self.folder / NUMBERED.format(epoch)).unlink(missing_ok=True)
+            past = [number for number in self._numbered() if number < epoch]
+            for number in past[: -self.args.keep_last]:
+                (self.folder / NUMBERED.format(number)).unlink(missing_ok=True)
         except OSError as error:
             logger.warning(f"warning: cannot remove old checkpoints: {error}")
 

@@ -1,0 +1,115 @@
+"""The three scripts on CUDA, whose tensors are fake: on one device throughout, and no host waits.
+
+Allowed is what happens rarely: at start-up, when a line is printed, at the end of an epoch.
+"""
+
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import run_main
+from fake_cuda import fake_cuda
+
+import engine_finetune
+import engine_pretrain
+import main_finetune
+import main_linprobe
+import main_pretrain
+
+pytestmark = pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 10),
+    reason="older fake tensors ask for a driver",
+)
+
+STARTUP = {
+    ("a copy to cuda", "main_pretrain.py:main"),  # the model
+    ("a copy to cuda", "engine_finetune.py:set_up"),
+    ("a copy to cuda", "engine_finetune.py:fit_grid"),
+    ("a copy to cuda", "util/features.py:part"),
+    ("a copy to cuda", "engine_finetune.py:class_weights"),
+}
+SAVED = {("a copy to cpu", "util/misc.py:<dictcomp>")}
+PRINTED = {  # every 20 steps, and at an epoch's end
+    ("a number", "util/misc.py:window"),
+    ("a number", "util/misc.py:<dictcomp>"),  # gradient norm and learning rate
+    ("a number", "util/run/finite.py:check_weights"),
+}
+EPOCH = {  # once, after evaluation
+    ("a copy to cpu", "util/predictions.py:of"),
+    ("a number", "util/features.py:knn_accuracies"),
+    ("a number", "engine_finetune.py:fit_grid"),
+    ("a copy to cpu", "engine_finetune.py:fit_grid"),
+    ("a copy to cpu", "util/features.py:cpu"),
+    ("a number", "util/probe_grid.py:name"),
+    ("a number", "util/probe_grid.py:tally"),
+}
+PICTURES = {  # of a few images, by rank 0, once an epoch that is evaluated
+    ("a copy to cuda", "main_pretrain.py:look_at_features"),
+    ("a copy to cpu", "util/encoders.py:__init__"),
+    ("a number", "util/weights.py:check_same"),
+    ("a number", "util/pictures.py:neighbours"),
+    ("a copy to cuda", "util/pictures.py:neighbours"),
+    ("a copy to cpu", "util/pictures.py:components"),
+    ("a copy to cpu", "util/pictures.py:heat"),
+    ("a copy to cpu", "util/pictures.py:to_image"),
+    ("a copy to cpu", "util/visualize.py:reconstruction_grid"),
+    ("a copy to cuda", "util/visualize.py:<genexpr>"),
+}
+VIT = ["--model", "vit_nano_patch4", "--input_size", 8, "--num_workers", 0, "--warmup_epochs", 0]
+MIX = ["--mixup", 0.8, "--cutmix", 1, "--clip_grad", 1, "--accum_iter", 2]
+MAE = ["--model", "mae_vit_nano_patch4", *VIT[2:]]
+RUNS = {
+    "CAN": (main_pretrain, ["--accum_iter", 2, "--eval_freq", 1, *MAE]),
+    "paper": (main_pretrain, ["--recipe", "paper", *MAE]),
+    "MAE": (main_pretrain, ["--weight_simclr", 0, "--norm_pix_loss", *MAE]),
+    "probe": (main_linprobe, [*VIT, "--class_weights", "balanced"]),
+    "cached probe": (main_linprobe, [*VIT, "--cache_features", "--dist_eval"]),
+    "grid": (main_linprobe, [*VIT, "--blr", "auto"]),
+    "kNN": (main_linprobe, [*VIT, "--knn"]),
+    "fine-tuning": (main_finetune, [*VIT, *MIX]),
+}
+
+
+def run(script: ModuleType, photos, tmp_path, *flags: object) -> set[tuple[str, str]]:
+    """Where the host would wait."""
+    words = ["--data_path", photos, *flags, "--batch_size", 12, "--epochs", 2]
+    words += ["--device", "cuda", "--save_interval", 1e-9, "--output_dir", tmp_path / "out"]
+    with fake_cuda() as fake:
+        assert run_main(script, *words) == 0
+    return set(fake.waits)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_script_runs_on_one_device_and_waits_only_where_it_may(name, photos, tmp_path):
+    script, flags = RUNS[name]
+    allowed = STARTUP | SAVED | PRINTED | EPOCH
+    allowed |= PICTURES if script is main_pretrain else set()
+    assert run(script, photos, tmp_path, *flags) - allowed == set()
+
+
+def test_a_planted_wait_is_found(photos, tmp_path, monkeypatch):
+    def total_loss(*args, original=engine_pretrain.total_loss):
+        parts = original(*args)
+        parts["loss"].item()
+        return parts
+
+    monkeypatch.setattr(engine_pretrain, "total_loss", total_loss)
+    waits = run(main_pretrain, photos, tmp_path, *MAE)
+    assert ("a number", "engine_pretrain.py:train_one_epoch") in waits
+
+
+@pytest.mark.parametrize("kind", ["an index", "an operand"])
+def test_a_planted_tensor_of_the_cpu_is_found(kind, photos, tmp_path, monkeypatch):
+    def to_device(batch, device, original=engine_finetune.to_device):
+        inputs, labels = original(batch, device)
+        if kind == "an index":
+            return inputs[torch.arange(len(inputs))], labels
+        return inputs * torch.ones(len(inputs), 1, 1, 1), labels
+
+    monkeypatch.setattr(engine_finetune, "to_device", to_device)
+    if kind == "an index":
+        waits = run(main_linprobe, photos, tmp_path, *VIT)
+        assert ("an index on the CPU", "engine_finetune.py:train_one_epoch") in waits
+    else:
+        with pytest.raises(RuntimeError, match="on the same device"):
+            run(main_linprobe, photos, tmp_path, *VIT)

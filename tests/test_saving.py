@@ -1,0 +1,111 @@
+"""Checkpoints are written while training goes on, from a copy, no more often than asked for."""
+
+import threading
+import time
+
+import pytest
+import torch
+from conftest import at_step, run_main, state_of, the_error
+
+import main_pretrain
+from util.errors import UserError
+from util.run import checkpoint
+from util.run import run as util_run
+from util.run.background import Background, HostCopy
+
+
+def test_a_copy_is_taken_once_and_reused():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"args": {"betas": (0.9, 0.95)}, "epoch": 3, "metrics": [{"sum": torch.ones(2)}]}
+    holder = HostCopy()
+    first = holder.take(state)
+    before = first["model"]["weight"].data_ptr()
+    torch.testing.assert_close(first, state, rtol=0, atol=0)
+    with torch.no_grad():
+        model.weight.zero_()
+    assert first["model"]["weight"].abs().sum() > 0
+    second = holder.take(state)
+    assert second["model"]["weight"].data_ptr() == before
+    torch.testing.assert_close(second, state, rtol=0, atol=0)
+    assert second["optimizer"]["param_groups"] == state["optimizer"]["param_groups"]
+    assert (second["args"], second["epoch"]) == ({"betas": (0.9, 0.95)}, 3)
+
+
+def test_training_goes_on_while_a_file_is_written(flags, tmp_path, monkeypatch):
+    """The first file of epoch 0 is held back until a step of epoch 1 has been made."""
+    stepped, states = threading.Event(), []
+
+    def save(state, path, original=util_run.save):
+        if not states:
+            states.append({name: t.clone() for name, t in state["model"].items()})
+            assert stepped.wait(60)
+        original(state, path)
+
+    monkeypatch.setattr(util_run, "save", save)
+    at_step(monkeypatch, 1, 1, stepped.set)
+    flags += ["--epochs", 2, "--save_freq", 1]
+    assert run_main(main_pretrain, *flags) == 0
+    written = state_of(tmp_path / "out", "0")["model"]
+    torch.testing.assert_close(written, states[0], rtol=0, atol=0)
+
+
+def test_what_cannot_be_written_is_told_at_the_next_step(flags, tmp_path, monkeypatch, capsys):
+    def save(state, path, original=util_run.save):
+        if state["epoch"] == 0:
+            raise UserError(f"cannot write {path}: No space left on device")
+        original(state, path)
+
+    monkeypatch.setattr(util_run, "save", save)
+    at_step(monkeypatch, 1, 0, lambda: time.sleep(0.5))
+    assert run_main(main_pretrain, *flags, "--epochs", 2, "--save_freq", 1) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (told,) = (i for i, line in enumerate(lines) if "checkpoint-0.pth: No space left" in line)
+    assert any("epoch 1 [" in line for line in lines[told:])
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.pth")) == [
+        "checkpoint-1.pth",
+        "checkpoint-last.pth",
+    ]
+
+
+def test_the_last_file_is_waited_for(flags, tmp_path, monkeypatch, capsys):
+    def save(state, path):
+        time.sleep(0.5)
+        raise UserError(f"cannot write {path}: Disk quota exceeded")
+
+    monkeypatch.setattr(util_run, "save", save)
+    assert run_main(main_pretrain, *flags, "--epochs", 1) == 1
+    assert "Disk quota exceeded" in the_error(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("interval", "epochs"), [(60, [1, 1, 3, 3]), (1e-9, [0, 1, 1, 2, 3, 3])])
+def test_epochs_shorter_than_the_interval_are_not_all_saved(interval, epochs, flags, monkeypatch):
+    """Every second is numbered; the last of several files is copied from the first."""
+    seen = []
+    monkeypatch.setattr(util_run.Run, "poll", lambda *_: None)
+    monkeypatch.setattr(util_run, "save", lambda state, path: seen.append(state["epoch"]))
+    monkeypatch.setattr(util_run, "copy_file", lambda source, path: seen.append(seen[-1]))
+    flags += ["--epochs", 4, "--save_freq", 2, "--save_interval", interval]
+    assert run_main(main_pretrain, *flags) == 0
+    assert seen == epochs
+
+
+def test_copies_share_nothing(tmp_path):
+    checkpoint.save({"model": {"a": torch.ones(3)}}, tmp_path / "a.pth")
+    checkpoint.copy_file(tmp_path / "a.pth", tmp_path / "b.pth")
+    with open(tmp_path / "a.pth", "r+b") as file:
+        file.write(b"damage")
+    assert checkpoint.load(tmp_path / "b.pth")["model"]["a"].tolist() == [1, 1, 1]
+    with pytest.raises(UserError, match="cannot write"):
+        checkpoint.copy_file(tmp_path / "a.pth", tmp_path / "no/b.pth")
+
+
+def test_errors_of_the_program_are_not_lost():
+    background = Background()
+    background.start(lambda: 1 / 0)
+    background.wait()
+    with pytest.raises(ZeroDivisionError):
+        background.failures()

@@ -1,0 +1,99 @@
+"""Work that a thread does while training goes on: writing checkpoints."""
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from util.distributed import wait_for_device
+from util.errors import UserError
+
+_all: set["Background"] = set()
+
+
+class Background:
+    """One piece of work at a time.
+
+    Attributes:
+        _thread: at work, or done.
+        _failed: what went wrong, until it is asked for.
+        _error: what it raised, instead.
+    """
+
+    def __init__(self):
+        self._thread: threading.Thread | None = None
+        self._failed: list[UserError] = []
+        self._error: Exception | None = None
+
+    def start(self, work: Callable[[], list[UserError]]) -> None:
+        """Waits for the work before, then returns while the thread goes on with this.
+
+        Args:
+            work: returns what went wrong.
+        """
+        self.wait()
+        self._thread = threading.Thread(target=self._work, args=(work,))
+        _all.add(self)
+        self._thread.start()
+
+    def _work(self, work: Callable[[], list[UserError]]) -> None:
+        try:
+            self._failed += work()
+        except Exception as error:
+            self._error = error
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        _all.discard(self)
+
+    def failures(self) -> list[UserError]:
+        """What went wrong since the last call; raises what the work has raised."""
+        if self._error is not None:
+            raise self._error
+        failed, self._failed = self._failed, []
+        return failed
+
+
+def finish_background() -> None:
+    """Waits for all that is still being done, before this process ends."""
+    for background in list(_all):
+        background.wait()
+
+
+class HostCopy:
+    """A copy of a state in the host's memory, which the next one reuses.
+
+    Attributes:
+        state: dictionaries, lists and tuples of tensors and plain types.
+    """
+
+    def __init__(self):
+        self.state: dict[str, Any] = {}
+
+    def take(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Copies a state, and returns the copy; from a GPU into pinned memory, at full speed."""
+        on_gpu: list[torch.device] = []
+        self.state = _copied(state, self.state, on_gpu)
+        for device in set(on_gpu):
+            wait_for_device(device)
+        return self.state
+
+
+def _copied(value: Any, before: Any, on_gpu: list[torch.device]) -> Any:
+    if isinstance(value, Tensor):
+        if value.is_cuda:
+            on_gpu.append(value.device)
+        alike = isinstance(before, Tensor) and before.shape == value.shape
+        if not alike or before.dtype != value.dtype:
+            before = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return before.copy_(value.detach(), non_blocking=True)
+    if isinstance(value, dict):
+        old = before if isinstance(before, dict) else {}
+        return {name: _copied(part, old.get(name), on_gpu) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(part, None, on_gpu) for part in value)
+    return copy.deepcopy(value)
