@@ -102,6 +102,7 @@ class TwoCrops:
         level: `ssl` is SimCLR's augmentation; `weak` only crops, flips and turns; `none` shows the
             middle of the image, twice.
         flip, rotate90: --flip and --rotate90.
+        compiled: on a GPU, compile what `finish` does.
     """
 
     def __init__(
@@ -115,7 +116,9 @@ class TwoCrops:
         level: str = "ssl",
         flip: str | None = None,
         rotate90: bool = False,
+        compiled: bool = False,
     ):
+        self.compiled = compiled
         self.size, self.aspect = height_width(input_size), crop_ratio(input_size)
         self.defer, self.blur_prob = defer, blur_prob
         self.crop_scale, self.jitter = crop_scale, color_jitter(jitter_strength)
@@ -152,7 +155,8 @@ class TwoCrops:
         return Turn()(crop) if self.rotate90 else crop
 
     def _augment(self, crops: Tensor, parameters: Tensor) -> Tensor:
-        return augment(crops, parameters, self.pixels.mean, self.pixels.std)
+        mean, std = self.pixels.mean, self.pixels.std
+        return augment(crops, parameters, mean, std, self.compiled)
 
     def finish(self, views: list, device: torch.device) -> list[Tensor]:
         """Two views [N, C, H, W] on the device, from a batch of what a call returns."""
@@ -164,10 +168,10 @@ class TwoCrops:
 def two_crops(args: Namespace) -> TwoCrops:
     """The views that main_pretrain.py's flags describe; batches of them are to be finished."""
     scale, jitter = tuple(args.crop_scale), args.jitter_strength
-    turns = {"flip": args.flip, "rotate90": args.rotate90}
+    others = {"flip": args.flip, "rotate90": args.rotate90, "compiled": args.compile}
     pixels = Pixels.of(args)
     return TwoCrops(
-        args.input_size, True, args.blur_prob, scale, jitter, pixels, args.augment, **turns
+        args.input_size, True, args.blur_prob, scale, jitter, pixels, args.augment, **others
     )
 
 

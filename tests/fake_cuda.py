@@ -33,7 +33,7 @@ class FakeCuda(TorchDispatchMode):
 
     Attributes:
         waits: how often the host would wait, by (kind, function).
-        written: bytes that operations on the GPU give out.
+        moved: bytes that operations on the GPU read and write, as often as they do.
         calls: their number.
     """
 
@@ -41,7 +41,7 @@ class FakeCuda(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.waits: Counter[tuple[str, str]] = Counter()
-        self.written = self.calls = 0
+        self.moved = self.calls = 0
 
     def wait(self, kind: str) -> None:
         frame, tests = sys._getframe(1), str(ROOT / "tests")
@@ -86,9 +86,11 @@ class FakeCuda(TorchDispatchMode):
                 self.wait("a value on the CPU")
         with self.fake:
             found = func(*args, **kwargs)
-        if not func.is_view:
+        if func.namespace == "aten" and not func.is_view:
             self.calls += 1
-            self.written += sum(t.nbytes for t in tree_leaves(found) if isinstance(t, Tensor))
+            touched = [*fakes, *tree_leaves(found)]
+            on_gpu = [t for t in touched if isinstance(t, Tensor) and t.is_cuda]
+            self.moved += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in on_gpu)
         return found
 
 

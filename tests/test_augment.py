@@ -6,8 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
+from torch._dynamo.utils import counters
 
-from util.data.augment import AFTER, BEFORE, IDENTITY, augment, blend, blur, shift_hue
+import util.data.augment
+from util.data.augment import (
+    AFTER,
+    BEFORE,
+    IDENTITY,
+    Work,
+    augment,
+    blend,
+    blur,
+    blur_by_matrix,
+    run_all,
+    shift_hue,
+)
 from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from util_contrastive import BLUR_PROB, GREY_P, JITTER_P, color_jitter, draw_parameters
 
@@ -160,6 +173,30 @@ def test_parameters_are_distributed_as_torchvision_s():
         assert uniformity(values[name], 0.6, 1.4) < 1.95  # exceeded once in a thousand
     assert uniformity([h for h in hue if h], -0.1, 0.1) < 1.95
     assert uniformity([s for s in sigma if s], 0.1, 2.0) < 1.95
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (5, 5), (31, 7)])
+def test_blur_by_matrix_is_the_same(shape):
+    imgs, sigmas = images(8).float()[:, :, : shape[0], : shape[1]], factors(0.0, 2.0)
+    expected = blur(imgs, sigmas, radius=6)
+    torch.testing.assert_close(blur_by_matrix(imgs, sigmas, 6), expected, rtol=0, atol=1e-3)
+    assert torch.equal(blur_by_matrix(imgs, sigmas, 6)[0], imgs[0])
+
+
+@pytest.mark.parametrize("by", [blur, blur_by_matrix])
+def test_a_batch_is_one_graph(by, monkeypatch):
+    """ "aot_eager" generates no code, which would take a minute."""
+    monkeypatch.setattr(util.data.augment, "blur", by)
+    torch._dynamo.reset()
+    counters.clear()
+    run = torch.compile(run_all, fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.manual_seed(1)
+    for _ in range(2):
+        crops = images(64, 24)
+        parameters = torch.stack([draw_parameters() for _ in crops])
+        found = run(crops, parameters, Work.of(parameters), IMAGENET_MEAN, IMAGENET_STD)
+        torch.testing.assert_close(found, augment(crops, parameters), rtol=0, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

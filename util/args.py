@@ -103,7 +103,8 @@ def common_flags() -> argparse.ArgumentParser:
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
         help="auto: bf16 where the device computes it natively, fp16 on older GPUs, else fp32; "
         "losses are always fp32")
-    add("--compile", action="store_true", help="torch.compile the model, in place")
+    add("--compile", action="store_true", help="torch.compile the model, in place, "
+        "and on GPUs the augmentation of pretraining")
     add("--seed", type=number(int, 0, 2**63), default=0, help="random seed")
     add("--world_size", type=POSITIVE, default=1, help="number of processes, without a launcher")
     add("--local_rank", "--local-rank", type=number(int, -1, 2**31), default=-1,
