@@ -1,10 +1,14 @@
 """What the benchmarks share: the machine in words, times as medians, memory, tables."""
 
 import ctypes
+import json
 import os
 import platform
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +83,31 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(field)
+
+
+def run_script(
+    device: str, folder: str, *flags: str, stop: signal.Signals | None = None
+) -> list[dict]:
+    """log.txt's lines of a run of main_pretrain.py, which gets a signal after its first epoch.
+
+    Raises:
+        RuntimeError: it failed; its last line.
+    """
+    words = [sys.executable, str(ROOT / "main_pretrain.py"), "--device", device]
+    words += ["--output_dir", folder, *flags]
+    log = Path(folder, "log.txt")
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=output)
+        while stop and process.poll() is None:
+            if log.exists() and log.read_text():
+                process.send_signal(stop)
+                stop = None
+            time.sleep(0.05)
+        status = process.wait()
+        if status not in (0, -signal.SIGKILL, 128 + signal.SIGTERM):
+            output.seek(0)
+            raise RuntimeError((output.read().strip() or f"status {status}").splitlines()[-1])
+    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 def table(header: list[str], rows: list[list[str]]) -> None:

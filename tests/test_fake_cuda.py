@@ -3,11 +3,13 @@
 Allowed is what happens rarely: at start-up, when a line is printed, at the end of an epoch.
 """
 
+import argparse
+import importlib
 from types import ModuleType
 
 import pytest
 import torch
-from conftest import run_main
+from conftest import ROOT, run_main
 from fake_cuda import fake_cuda
 
 import engine_finetune
@@ -15,6 +17,7 @@ import engine_pretrain
 import main_finetune
 import main_linprobe
 import main_pretrain
+from util.data import augment
 
 pytestmark = pytest.mark.skipif(
     torch.torch_version.TorchVersion(torch.__version__) < (2, 10),
@@ -85,6 +88,19 @@ def test_a_script_runs_on_one_device_and_waits_only_where_it_may(name, photos, t
     allowed = STARTUP | SAVED | PRINTED | EPOCH
     allowed |= PICTURES if script is main_pretrain else set()
     assert run(script, photos, tmp_path, *flags) - allowed == set()
+
+
+def test_the_check_for_the_first_gpu_runs(monkeypatch, capsys):
+    """What it needs no values for; on CPUs all of it runs, see test_benchmarks."""
+    monkeypatch.setenv("BENCHMARK_SECONDS", "0")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu_check = importlib.import_module("gpu_check")
+    monkeypatch.setattr(augment, "compiled_run", lambda: augment.run_all)  # needs a GPU's compiler
+    monkeypatch.setattr(gpu_check.Check, "SIZES", {"tiny_patch16": 2})
+    only = ["waits", "rates", "augmentation", "contrast", "saving"]
+    with fake_cuda():
+        gpu_check.main(argparse.Namespace(device="cuda", only=only, json=None))
+    assert "0 error" in capsys.readouterr().out
 
 
 def test_a_planted_wait_is_found(photos, tmp_path, monkeypatch):

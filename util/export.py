@@ -164,6 +164,8 @@ def write_onnx(path: Path, out: str, state: dict[str, Any], source: str) -> str:
         )
     except ImportError:
         raise UserError("--out ...onnx needs libraries: pip install onnx onnxscript") from None
+    if isinstance(program.model.graph.inputs[0].shape[0], int):  # as torch 2.6's has it
+        raise UserError(f"--out {out}: torch {torch.__version__} exports one batch size: update it")
     program.save(path)
     return f"{described(model)}; onnxruntime.InferenceSession({out!r}): images -> {name}"
 
