@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,7 @@ from util.args import pretrain_parser
 from util.datasets import open_dataset
 from util.errors import STOP_SIGNALS
 from util.run import checkpoint, training
-from util.run.launch import launch
+from util.run.launch import SETTLE, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -193,6 +194,7 @@ def _member(rank: int, function, count: int, port: int, *args) -> None:
     try:
         function(rank, *args)
     finally:
+        time.sleep(SETTLE)
         torch.distributed.destroy_process_group()
 
 

@@ -29,6 +29,9 @@ PEER_LOST = "another process of this run died or hung, see its own messages"
 # In nccl's errors that tell of another process's end.
 NCCL_PEER = ("ncclRemoteError", "remote process", "aborted", "collective operation timeout")
 _launched = False  # by `launch`, after which the process ends
+# Seconds for gloo's threads to drop the last tensors: until torch 2.7 or so, destroying the group
+# keeps Python's lock, which they need for that, and waits for them.
+SETTLE = 0.05
 RANK_ZERO_FIRST = 1.0  # seconds: most errors are met by all ranks, and one line is enough
 
 
@@ -73,6 +76,7 @@ def tear_down(before: Surroundings | None = None) -> None:
     _end_loaders()
     finish_background()
     if dist.is_initialized():
+        time.sleep(SETTLE)
         dist.destroy_process_group()
     release_locks()
     restore_handlers()
