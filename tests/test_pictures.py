@@ -59,8 +59,8 @@ def test_components_are_the_principal_ones(encoder):
     found = np.stack([np.asarray(one) for one in pictures.components(encoder, imgs)])
     assert found.shape == (3, 4, 4, 3)
     with torch.no_grad():
-        patches = encoder.tokens(imgs)[:, 1:].flatten(0, 1).double()
-    centred = patches - patches.mean(dim=0)
+        patches = encoder.tokens(imgs)[:, 1:].double()
+    centred = (patches - patches.mean(dim=0)).flatten(0, 1)  # without what a place has
     first = torch.linalg.svd(centred, full_matrices=False).Vh[0]
     expected = (centred @ first).numpy()
     shown = found.reshape(-1, 3)[:, 0].astype(float)

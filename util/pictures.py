@@ -86,10 +86,13 @@ def neighbour_sheet(
 
 @torch.no_grad()
 def components(encoder: Encoder, imgs: Tensor) -> list[Image.Image]:
-    """The first three principal components of all images' patches, as colours, h x w each."""
+    """The first three principal components of all images' patches, as colours, h x w each.
+
+    Of several images without what all have at a place: else one sees places, and no things.
+    """
     patches = encoder.tokens(imgs)[:, 1:].float()
-    flat = patches.flatten(0, 1)
-    flat = flat - flat.mean(dim=0)
+    several = len(imgs) > 1
+    flat = (patches - patches.mean(dim=0 if several else 1, keepdim=True)).flatten(0, 1)
     _, directions = torch.linalg.eigh(flat.T @ flat)  # the largest stand last
     values = flat @ directions[:, -3:].flip(1)
     low, high = (values.quantile(q, dim=0) for q in TAILS)
