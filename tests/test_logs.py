@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main_pretrain
 from util.run import checkpoint, logs
+from util.run.background import finish_background
 
 
 def test_a_log_cut_off_by_a_crash_is_mended(photos_run, tmp_path):
@@ -56,9 +57,10 @@ def small_disk() -> Iterator[Callable[[int], None]]:
 
 def test_a_disk_that_is_full_for_an_epoch_changes_nothing(flags, tmp_path, monkeypatch, capsys):
     assert run_main(main_pretrain, *flags, "--epochs", 3) == 0
-    again = [*flags, "--epochs", 3, "--output_dir", tmp_path / "again"]
+    again = [*flags, "--epochs", 3, "--save_freq", 1, "--output_dir", tmp_path / "again"]
 
     def epoch(self, number, *args, original=logs.RunLog.add_epoch):
+        finish_background()  # what is being written
         limit(500 if number == 1 else 2**30)  # some of the second line fits
         original(self, number, *args)
 
@@ -90,8 +92,8 @@ def test_a_disk_that_turns_read_only_does_not_end_a_run(flags, tmp_path, monkeyp
     refuse((os, "replace"), replace)
     refuse((Path, "unlink"), unlink)
     at_step(monkeypatch, 0, 1, lambda: state.update({"read-only": True}))
-    at_step(monkeypatch, 1, 0, lambda: state.update({"read-only": False}))
-    assert run_main(main_pretrain, *flags, "--epochs", 2) == 0
+    at_step(monkeypatch, 1, 0, lambda: finish_background() or state.update({"read-only": False}))
+    assert run_main(main_pretrain, *flags, "--epochs", 2, "--save_freq", 1) == 0
     assert (
         "checkpoint-last.pth: Read-only file system; training continues" in capsys.readouterr().out
     )

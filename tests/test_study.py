@@ -177,10 +177,13 @@ def test_the_documents_numbers_are_the_logs():
         values = tables.accuracies(logs[name])["probe pooled-100"]
         assert ", ".join(f"{value:.1f}" for value in values) in readme
     recipe = readme.split("<!-- small -->")[1].split("```")[1].replace("\\\n", " ").split()
-    for flags in (study.PRETRAIN, study.PROBE["100"]):
+    for flags in (study.PRETRAIN, study.PROBE["100"].replace("50", "auto", 1)):
         words = flags.split()
         for pair in zip(words[::2], words[1::2], strict=True):
             assert pair in list(itertools.pairwise(recipe))
+    found = json.loads((study.LOGS / "small.json").read_text())  # of that command, by seed
+    values = [f"{found[seed]['test_acc1']:.1f}" for seed in "012"]
+    assert f"| the recipe | {', '.join(values)} |" in readme
 
 
 @pytest.mark.slow
