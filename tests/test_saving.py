@@ -71,6 +71,20 @@ def test_what_cannot_be_written_is_told_at_the_next_step(flags, tmp_path, monkey
     ]
 
 
+def test_a_failure_before_the_last_save_does_not_end_the_run(flags, tmp_path, monkeypatch, capsys):
+    """Which is told even where no step follows it."""
+
+    def save(state, path, original=util_run.save):
+        if state["epoch"] == 0:
+            raise UserError(f"cannot write {path}: No space left on device")
+        original(state, path)
+
+    monkeypatch.setattr(util_run, "save", save)
+    monkeypatch.setattr(util_run.Run, "poll", lambda *_: None)
+    assert run_main(main_pretrain, *flags, "--epochs", 2, "--save_freq", 1) == 0
+    assert "checkpoint-0.pth: No space left on device; training" in capsys.readouterr().out
+
+
 def test_the_last_file_is_waited_for(flags, tmp_path, monkeypatch, capsys):
     def save(state, path):
         time.sleep(0.5)

@@ -202,8 +202,7 @@ class Run:
         """
         number, due = self._interrupts.poll()
         check_locks()
-        for error in self._background.failures():
-            logger.warning(f"warning: {error}; training continues; the next save tries again")
+        self._report()
         if not (number or due):
             return
         if check is not None:
@@ -254,12 +253,18 @@ class Run:
         state |= {"bad_images": sorted(self._loader.bad), "best": self.best}
         state["logged_steps"] = self.offset + self.epoch * self._steps + self.step
         self._background.wait()  # it may still write from the copy before
+        self._report()
         state, place = self._copy.take(state), f"epoch {self.epoch}, step {self.step}"
         self._background.start(partial(self._write_files, state, names, place, self.epoch))
         if last_chance:
             self._background.wait()
             for error in self._background.failures():
                 raise error
+
+    def _report(self) -> None:
+        """Warns of what could not be written, which only rank 0 knows."""
+        for error in self._background.failures():
+            logger.warning(f"warning: {error}; training continues; the next save tries again")
 
     def _write_files(
         self, state: dict[str, Any], names: list[str], place: str, epoch: int
