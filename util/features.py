@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from util.data.loader import eval_loader
 from util.data.order import SeededDataset
 from util.data.transforms import eval_transform_of
-from util.distributed import gather_rows, get_rank, get_world_size, sum_over_ranks
+from util.distributed import gather_rows, get_rank, get_world_size, max_over_ranks, sum_over_ranks
 from util.errors import UserError
 from util.precision import Precision
 from util.run.interrupt import Poll, polled
@@ -99,7 +99,9 @@ def _room(own: int, total: int, width: int, device: torch.device) -> Tensor:
     size, dtype = 4 * total * width, torch.float32
     if size > HALF_ABOVE:
         size, dtype = size // 2, torch.float16
-    if device.type == "cuda" and size * (1 + own / total) > SHARE * torch.cuda.mem_get_info()[0]:
+    on_gpu = device.type == "cuda"
+    scarce = on_gpu and size * (1 + own / total) > SHARE * torch.cuda.mem_get_info()[0]
+    if on_gpu and max_over_ranks(int(scarce)):  # all ranks alike: they gather over one backend
         logger.info(f"{total:,} features of {size / 1e9:.1f} GB are kept in the host's memory")
         device = torch.device("cpu")
     return torch.empty(own, width, dtype=dtype, device=device)

@@ -97,8 +97,11 @@ def run_all(
 
 @cache
 def compiled_run() -> Callable:
-    """`run_all`, for each kind of work that batches ask for; of large ones there is nearly one."""
-    return torch.compile(run_all, fullgraph=True, dynamic=False)
+    """`run_all`, for each kind of work that batches ask for; of large ones there is nearly one.
+
+    Not `fullgraph`: small batches ask for more kinds than torch compiles, and then run without.
+    """
+    return torch.compile(run_all, dynamic=False)
 
 
 def blend(imgs: Tensor, weights: Tensor) -> Tensor:

@@ -118,6 +118,7 @@ class Run:
 
     def last_saved(self) -> str:
         """What a run that ends now leaves."""
+        self._background.wait()
         return f"{LAST} is of {self._saved}" if self._saved else "nothing has been saved yet"
 
     def resume(self, model: nn.Module, **states: Any) -> None:
