@@ -74,7 +74,7 @@ def main(args: Namespace) -> None:
         start_from(model, start["model"], args.init, start.get("args"))
     training = Training(model, loader, optimizer, precision, args, run)
     describe_run(args, model, precision, training.steps)
-    preview = preview_images(images, PREVIEW_IMAGES, eval_transform_of(args, crop=1.0))
+    preview = preview_images(images, PREVIEW_IMAGES, eval_transform_of(args, crop=1.0)).to(device)
     for epoch in range(run.epoch, args.epochs):
         stats = train_one_epoch(training, args, epoch)
         tests = {}
@@ -82,7 +82,7 @@ def main(args: Namespace) -> None:
             tests = look_at_features(training, images, val, preview, epoch)
         training.log.add_epoch(epoch, stats, tests)
         if model.reconstruct and is_main_process():
-            grid = reconstruction_grid(model, preview.to(device), args.mask_ratio, Pixels.of(args))
+            grid = reconstruction_grid(model, preview, args.mask_ratio, Pixels.of(args))
             training.log.add_image("reconstruction", grid, epoch)
         run.save(epoch)
     training.log.close()
@@ -100,13 +100,14 @@ def look_at_features(
     accuracy = knn_accuracy(train, test)
     logger.info(f"epoch {epoch}: kNN top-1 {accuracy:.2f} %")
     if is_main_process():
-        device, pixels, log = training.precision.device, Pixels.of(args), training.log
+        pixels, log = Pixels.of(args), training.log
         data = SeededDataset(images, eval_transform_of(args), args.seed)
         nearest = neighbour_sheet(lambda i: data[0, i][0], train.features, len(preview), pixels)
         log.add_image("neighbours", nearest, epoch)
-        encoder = Encoder({"model": model.state_dict(), "args": vars(args)}, "the model").to(device)
-        log.add_image("pca", pca_sheet(encoder, preview.to(device), pixels), epoch)
-        log.add_image("attention", attention_sheet(encoder, preview.to(device), pixels), epoch)
+        encoder = Encoder({"model": model.state_dict(), "args": vars(args)}, "the model")
+        encoder.to(preview.device)
+        log.add_image("pca", pca_sheet(encoder, preview, pixels), epoch)
+        log.add_image("attention", attention_sheet(encoder, preview, pixels), epoch)
     return {"knn_acc1": accuracy}
 
 

@@ -96,8 +96,9 @@ def run_script(
     words = [sys.executable, str(ROOT / "main_pretrain.py"), "--device", device]
     words += ["--output_dir", folder, *flags]
     log = Path(folder, "log.txt")
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=output)
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=output)
         while stop and process.poll() is None:
             if log.exists() and log.read_text():
                 process.send_signal(stop)

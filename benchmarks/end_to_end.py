@@ -8,16 +8,12 @@ loader, the script as people run it; the script should come close to the slower 
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from common import ROOT, describe_machine, table
+from common import describe_machine, run_script, table
 from loader import FILES, photo
 from train_step import training_step
 
@@ -34,7 +30,6 @@ EPOCHS = 3  # the first, with its start-up, is not counted
 def flags(options: argparse.Namespace, folder: Path) -> list[str]:
     values = {
         "data_path": folder / "images",
-        "output_dir": folder / "output",
         "model": options.model,
         "batch_size": options.batch_size,
         "num_workers": options.num_workers,
@@ -70,11 +65,8 @@ def step_rate(options: argparse.Namespace, device: torch.device, steps: int) -> 
     return steps * options.batch_size / (time.perf_counter() - begin)
 
 
-def script_rate(words: list[str], output: Path) -> float:
-    command = [sys.executable, str(ROOT / "main_pretrain.py"), *words]
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
-    epochs = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+def script_rate(words: list[str], output: Path, device: torch.device) -> float:
+    epochs = run_script(device.type, str(output), *words)
     rates = [epoch["train_images_per_second"] for epoch in epochs[1:]]
     return sum(rates) / len(rates)
 
@@ -92,9 +84,10 @@ def main(options: argparse.Namespace) -> None:
         for i in range(options.steps * options.batch_size):
             (folder / "images" / f"{i:06}.jpg").write_bytes(encoded)
         words = flags(options, folder)
-        loader = loader_rate(pretrain_parser().parse_args(words), device)
+        args = pretrain_parser().parse_args([*words, "--output_dir", ""])
+        loader = loader_rate(args, device)
         step = step_rate(options, device, options.steps)
-        script = script_rate(words, folder / "output")
+        script = script_rate(words, folder / "output", device)
     slower = min(loader, step)
     row = [options.model, *(f"{rate:.1f}" for rate in (loader, step, script))]
     header = ["images/s", "loader", "step", "main_pretrain.py", "of the slower"]

@@ -33,7 +33,7 @@ from loader import FILES, photo
 from saving import state_of
 from torch import Tensor
 from torch.multiprocessing import start_processes
-from train_step import MATMUL, MATMULS, backward, matmul, parse, step_flops, training_step
+from train_step import backward, beside_matmul, parse, step_flops, training_step
 
 from engine_pretrain import total_loss
 from loss_contrastive import GlobalBatchNorm, nt_xent
@@ -97,12 +97,6 @@ def same_draws() -> Iterator[None]:
         yield
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest, relative to the largest value."""
-    expected = expected.detach().cpu()
-    return ((found.detach().cpu() - expected).abs().max() / expected.abs().max()).item()
-
-
 def parts(check: Check) -> Iterator[Line]:
     """Forward and backward of each part in fp32, against the CPU."""
     yield from (same(f"{kind}, loss and gradients", *losses(check, kind)) for kind in RATES)
@@ -120,9 +114,13 @@ def parts(check: Check) -> Iterator[Line]:
         yield same(name, run(check.device), run(torch.device("cpu")))
 
 
-def same(name: str, found: Tensor, expected: Tensor) -> Line:
-    error = difference(found, expected)
-    return name, f"differs by {error:.1e}", f"{TOLERANCE:.0e}", error < TOLERANCE
+def same(
+    name: str, found: Tensor | float, expected: Tensor | float, tolerance: float = TOLERANCE
+) -> Line:
+    """By the largest difference, relative to the largest value."""
+    found, expected = (torch.as_tensor(value).detach().cpu() for value in (found, expected))
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    return name, f"differs by {error:.1e}", f"{tolerance:g}", error < tolerance
 
 
 def losses(check: Check, kind: str) -> tuple[Tensor, Tensor]:
@@ -201,23 +199,16 @@ def resume(check: Check) -> Iterator[Line]:
             out = f"{folder}/{number.name}"
             run_script(device, out, *RUN, "--save_freq", "1", stop=number)
             again = run_script(device, out, *RUN, "--resume", "auto")[-1]["train_loss"]
-            change = abs(again / whole - 1)
-            yield (
-                f"loss after {number.name}",
-                f"differs by {change:.1e}",
-                f"{ROUGH}",
-                change < ROUGH,
-            )
+            yield same(f"loss after {number.name}", again, whole, ROUGH)
 
 
 def compiled(check: Check) -> Iterator[Line]:
     """`--compile`: the same losses."""
     flags, device = [*RUN, "--epochs", "2"], check.device.type
     with tempfile.TemporaryDirectory() as folder:
-        eager = run_script(device, f"{folder}/eager", *flags)[-1]
-        fast = run_script(device, f"{folder}/compiled", *flags, "--compile")[-1]
-    change = abs(fast["train_loss"] / eager["train_loss"] - 1)
-    yield "loss with --compile", f"differs by {change:.1e}", f"{ROUGH}", change < ROUGH
+        eager = run_script(device, f"{folder}/eager", *flags)[-1]["train_loss"]
+        fast = run_script(device, f"{folder}/compiled", *flags, "--compile")[-1]["train_loss"]
+    yield same("loss with --compile", fast, eager, ROUGH)
 
 
 def rates(check: Check) -> Iterator[Line]:
@@ -228,15 +219,13 @@ def rates(check: Check) -> Iterator[Line]:
             name, options = f"mae_vit_{size}", argparse.Namespace(grad_checkpointing=False)
             options.model, options.batch_size = name, batch
             step = training_step(kind, precision, options)
-            runs = {"step": step, "matmul": matmul(precision)}
-            seconds = measure(runs, check.device)
-            product = MATMULS * 2 * MATMUL[0] * MATMUL[1] * MATMUL[2] / seconds["matmul"]
-            share = step_flops(kind, name) * batch / seconds["step"] / product
+            seconds, product = beside_matmul(step, precision)
+            share = step_flops(kind, name) * batch / seconds / product
             gib = peak_memory(step, check.device) / 2**30
-            images = f"{batch / seconds['step']:.1f} images/s, {gib:.1f} GiB"
+            images = f"{batch / seconds:.1f} images/s, {gib:.1f} GiB"
             where = f"{kind} {size}, of matmul"
             yield where, f"{share:.0%} ({images})", f"{aim:.0%}", share >= aim
-            del step, runs
+            del step
             if check.on_gpu:
                 torch.cuda.empty_cache()
 
@@ -292,13 +281,8 @@ def saving(check: Check) -> Iterator[Line]:
         begin = time.perf_counter()
         holder.take(state)
         stall = time.perf_counter() - begin
-        reached = stall <= STALL if name == "later" else None
-        yield (
-            f"stall by a save, {name}",
-            f"{stall:.2f} s",
-            f"{STALL} s" * (reached is not None),
-            reached,
-        )
+        aim, reached = (f"{STALL} s", stall <= STALL) if name == "later" else ("", None)
+        yield f"stall by a save, {name}", f"{stall:.2f} s", aim, reached
 
 
 CHECKS: dict[str, Callable[[Check], Iterator[Line]]] = {

@@ -113,6 +113,14 @@ def matmul(precision: Precision) -> Callable[[], None]:
     return products
 
 
+def beside_matmul(step: Callable[[], None], precision: Precision) -> tuple[float, float]:
+    """Seconds of a step, and the matrix product's FLOP/s, measured in turns."""
+    runs = {"step": step, "matmul": matmul(precision)}
+    seconds = measure(runs, precision.device)
+    rows, inner, columns = MATMUL
+    return seconds["step"], MATMULS * 2 * rows * inner * columns / seconds["matmul"]
+
+
 def shares(step: Callable[[], None], device: torch.device) -> dict[str, float]:
     """Of a step's time, by kind of operation."""
     step()  # to warm up
@@ -145,19 +153,18 @@ def rates(options: argparse.Namespace, device: torch.device) -> None:
     """Prints what each step reaches."""
     images, flops_of_can, seconds_of_can, rows = options.batch_size, 0.0, 0.0, []
     for name, objective, precision, step in contenders(options, device):
-        seconds = measure({"step": step, "matmul": matmul(precision)}, device)
-        rate = MATMULS * 2 * MATMUL[0] * MATMUL[1] * MATMUL[2] / seconds["matmul"]
+        seconds, rate = beside_matmul(step, precision)
         flops = step_flops(objective, options.model) * images
         if objective == "CAN":  # the first in its number format
-            flops_of_can, seconds_of_can = flops, seconds["step"]
+            flops_of_can, seconds_of_can = flops, seconds
         rows.append(
             [
                 name,
-                f"{images / seconds['step']:.2f}",
+                f"{images / seconds:.2f}",
                 f"{flops / 1e9 / images:.0f}",
-                f"{flops / seconds['step'] / rate:.0%}",
+                f"{flops / seconds / rate:.0%}",
                 f"{rate / 1e9:.0f}",
-                f"{seconds['step'] / seconds_of_can:.2f}" if seconds_of_can else "-",
+                f"{seconds / seconds_of_can:.2f}" if seconds_of_can else "-",
                 f"{flops / flops_of_can:.2f}" if flops_of_can else "-",
                 f"{peak_memory(step, device) / 2**30:.2f}",
             ]

@@ -53,13 +53,19 @@ def test_training_goes_on_while_a_file_is_written(flags, tmp_path, monkeypatch):
     torch.testing.assert_close(written, states[0], rtol=0, atol=0)
 
 
-def test_what_cannot_be_written_is_told_at_the_next_step(flags, tmp_path, monkeypatch, capsys):
+def fill_disk(monkeypatch) -> None:
+    """For the files of the first epoch."""
+
     def save(state, path, original=util_run.save):
         if state["epoch"] == 0:
             raise UserError(f"cannot write {path}: No space left on device")
         original(state, path)
 
     monkeypatch.setattr(util_run, "save", save)
+
+
+def test_what_cannot_be_written_is_told_at_the_next_step(flags, tmp_path, monkeypatch, capsys):
+    fill_disk(monkeypatch)
     at_step(monkeypatch, 1, 0, lambda: time.sleep(0.5))
     assert run_main(main_pretrain, *flags, "--epochs", 2, "--save_freq", 1) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -73,13 +79,7 @@ def test_what_cannot_be_written_is_told_at_the_next_step(flags, tmp_path, monkey
 
 def test_a_failure_before_the_last_save_does_not_end_the_run(flags, tmp_path, monkeypatch, capsys):
     """Which is told even where no step follows it."""
-
-    def save(state, path, original=util_run.save):
-        if state["epoch"] == 0:
-            raise UserError(f"cannot write {path}: No space left on device")
-        original(state, path)
-
-    monkeypatch.setattr(util_run, "save", save)
+    fill_disk(monkeypatch)
     monkeypatch.setattr(util_run.Run, "poll", lambda *_: None)
     assert run_main(main_pretrain, *flags, "--epochs", 2, "--save_freq", 1) == 0
     assert "checkpoint-0.pth: No space left on device; training" in capsys.readouterr().out

@@ -177,8 +177,9 @@ def gather_rows(rows: torch.Tensor, total: int) -> torch.Tensor:
         return rows
     group = None if rows.is_cuda else _host_group
     gathered = rows.new_empty(total, *rows.shape[1:])
-    for start in range(0, -(-total // world_size), GATHERED):  # in parts: no second copy of all
-        count = min(GATHERED, -(-total // world_size) - start)
+    most = -(-total // world_size)
+    for start in range(0, most, GATHERED):  # in parts: no second copy of all
+        count = min(GATHERED, most - start)
         part = rows.new_zeros(count, *rows.shape[1:])
         part[: len(rows) - start] = rows[start : start + count]
         parts = [torch.empty_like(part) for _ in range(world_size)]

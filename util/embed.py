@@ -15,6 +15,7 @@ import logging
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -175,18 +176,24 @@ def chunks(rows: np.ndarray, names: Names) -> Iterator[tuple[dict[str, list[str]
 
 def write_npz(path: Path, rows: np.ndarray, names: Names) -> None:
     """As `np.savez` would, but in chunks: embeddings, files and, if there are any, labels."""
-    kinds = {"embedding": rows.dtype}
-    for columns, _ in chunks(rows, names):
-        for name, values in columns.items():
-            kinds[name] = max(kinds.get(name, np.dtype("<U1")), np.array(values).dtype)
+
+    def begin(name: str, kind: np.dtype, shape: tuple[int, ...]) -> IO[bytes]:
+        file = archive.open(f"{name}.npy", "w", force_zip64=True)
+        header = {"descr": kind.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        return file
+
+    kinds = {}  # wide enough for the longest text
     with zipfile.ZipFile(path, "w") as archive:
+        with begin("embeddings", rows.dtype, rows.shape) as file:
+            for columns, some in chunks(rows, names):
+                file.write(some.tobytes())
+                for name, values in columns.items():
+                    kinds[name] = max(kinds.get(name, np.dtype("<U1")), np.array(values).dtype)
         for name, kind in kinds.items():
-            shape = rows.shape if name == "embedding" else (len(rows),)
-            header = {"descr": kind.str, "fortran_order": False, "shape": shape}
-            with archive.open(f"{name}s.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for columns, some in chunks(rows, names):
-                    file.write(np.array(columns.get(name, some), kind).tobytes())
+            with begin(f"{name}s", kind, (len(rows),)) as file:
+                for columns, _ in chunks(rows, names):
+                    file.write(np.array(columns[name], kind).tobytes())
 
 
 def write_safetensors(path: Path, rows: np.ndarray, names: Names) -> None:
