@@ -125,7 +125,8 @@ def test_weights_alone_cannot_be_resumed(fails, photos, trained, tmp_path):
 def test_unreadable_image_in_a_loader_process(tmp_path, capsys, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "broken.jpg").write_bytes(b"no image")
-    monkeypatch.setattr(main_pretrain, "preview_images", lambda *_: None)  # it would meet it first
+    first = torch.zeros(1, 3, 8, 8)  # the preview would meet it first
+    monkeypatch.setattr(main_pretrain, "preview_images", lambda *_: first)
     flags = ["--data_path", tmp_path / "data", *TINY, "--batch_size", 1, "--num_workers", 1]
     flags += ["--weight_simclr", 0, "--output_dir", tmp_path / "out"]
     assert run_main(main_pretrain, *flags) == 1
