@@ -88,24 +88,25 @@ def _status(field: str) -> int:
 def run_script(
     device: str, folder: str, *flags: str, stop: signal.Signals | None = None
 ) -> list[dict]:
-    """log.txt's lines of a run of main_pretrain.py, which gets a signal after its first epoch.
+    """log.txt's lines of a run of main_pretrain.py.
 
+    Args:
+        stop: a signal to send once the first checkpoint is there.
     Raises:
-        RuntimeError: it failed; its last line.
+        RuntimeError: it failed, its last line; or it ended before the signal.
     """
     words = [sys.executable, str(ROOT / "main_pretrain.py"), "--device", device]
     words += ["--output_dir", folder, *flags]
-    log = Path(folder, "log.txt")
+    log, checkpoint = Path(folder, "log.txt"), Path(folder, "checkpoint-last.pth")
+    expected = {None: 0, signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGKILL: -signal.SIGKILL}
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=output)
-        while stop and process.poll() is None:
-            if log.exists() and log.read_text():
-                process.send_signal(stop)
-                stop = None
-            time.sleep(0.05)
-        status = process.wait()
-        if status not in (0, -signal.SIGKILL, 128 + signal.SIGTERM):
+        while stop and process.poll() is None and not checkpoint.exists():
+            time.sleep(0.005)
+        if stop:
+            process.send_signal(stop)
+        if (status := process.wait()) != expected[stop]:
             output.seek(0)
             raise RuntimeError((output.read().strip() or f"status {status}").splitlines()[-1])
     return [json.loads(line) for line in log.read_text().splitlines()]

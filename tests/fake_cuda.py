@@ -148,6 +148,7 @@ CUDA = {
     "mem_get_info": lambda *_: (8 * 10**10, 8 * 10**10),
     "max_memory_allocated": lambda *_: 0,
     "memory_allocated": lambda *_: 0,
+    "memory_reserved": lambda *_: 0,
     "reset_peak_memory_stats": lambda *_: None,
     "empty_cache": lambda: None,
     "set_sync_debug_mode": lambda _: None,

@@ -6,6 +6,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from util import distributed, features
 from util.args import linprobe_parser
 from util.data.survey import settle_pixels
 from util.datasets import open_dataset
-from util.distributed import gather_rows, gloo_interface, wait_for
+from util.distributed import gather_rows, gloo_interface, wait_for, watch_peers
 from util.errors import STOP_SIGNALS
 from util.features import Features, encode, knn_accuracies
 from util.precision import Precision
@@ -39,6 +41,10 @@ ncclUnhandledCudaError: Call to CUDA function failed.
 Last error:
 Cuda failure 'CUDA driver version is insufficient for CUDA runtime version'
 """
+SOCKET = """NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:219, system error
+ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.
+Last error:
+"""
 GONE = """NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:268, remote process exited
 ncclRemoteError: A call failed possibly due to a network error or a remote process exiting.
 Last error:
@@ -55,6 +61,13 @@ NET/IB: Got completion from peer 10.0.0.2 with status=12
         ("NCCL error in: x.cpp:1, internal error", "NCCL error in: x.cpp:1, internal error; "),
         (GONE, ""),
         ("NCCL communicator was aborted on rank 1.", ""),
+        (f"{SOCKET}socketProgress: Connection closed by remote peer node1<40000>", ""),
+        (f"{SOCKET}Call to recv from 10.0.0.2<40000> failed : Connection reset by peer", ""),
+        (
+            "[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d "
+            "key-value store by store->get('0'), but got error: wait timeout after 600000ms",
+            "",
+        ),
     ],
 )
 def test_nccl_s_own_words_are_shown_unless_a_peer_died(text, words, monkeypatch, capsys):
@@ -97,25 +110,26 @@ class Event:
         return self.looks < 0
 
 
-def _lose_a_peer(rank: int) -> None:
+def _lose_a_peer(rank: int, watched: Callable[[], None]) -> None:
     interrupts = Interrupts(60)
     assert interrupts.poll() == (0, False)  # its work is done, and nobody died
     dist.barrier()
+    interrupts.poll()
     if rank == 1:
-        interrupts.poll()
         time.sleep(1)
         os._exit(0)
-    interrupts.poll()
     wait_for(Event(3))
-    interrupts.poll()  # which the other will not answer
+    watched() if watched else interrupts.poll()  # which the other will not answer
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?i)closed|reset"):
         wait_for(Event(float("inf")))
     assert time.monotonic() - begin < 20
 
 
-def test_a_wait_for_the_device_ends_when_a_peer_does():
-    in_processes(_lose_a_peer, 2)
+@pytest.mark.parametrize("watched", [None, partial(watch_peers, torch.device("cuda"))])
+def test_a_wait_for_the_device_ends_when_a_peer_does(watched):
+    """Whether it is watched by the flags of each step, or because a step is waited for."""
+    in_processes(_lose_a_peer, 2, watched)
 
 
 def test_a_wait_for_the_device_hears_signals(monkeypatch):

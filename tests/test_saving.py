@@ -1,17 +1,22 @@
 """Checkpoints are written while training goes on, from a copy, no more often than asked for."""
 
+import os
+import signal
 import threading
 import time
 
 import pytest
 import torch
-from conftest import at_step, run_main, state_of, the_error
+from conftest import at_step, in_processes, run_main, state_of, the_error
 
 import main_pretrain
+from util.args import finetune_parser
 from util.errors import UserError
 from util.run import checkpoint
 from util.run import run as util_run
-from util.run.background import Background, HostCopy
+from util.run.background import Background, HostCopy, finish_background
+from util.run.checkpoint import BEST, LAST
+from util.run.run import Run
 
 
 def test_a_copy_is_taken_once_and_reused():
@@ -101,7 +106,7 @@ def test_epochs_shorter_than_the_interval_are_not_all_saved(interval, epochs, fl
     seen = []
     monkeypatch.setattr(util_run.Run, "poll", lambda *_: None)
     monkeypatch.setattr(util_run, "save", lambda state, path: seen.append(state["epoch"]))
-    monkeypatch.setattr(util_run, "copy_file", lambda source, path: seen.append(seen[-1]))
+    monkeypatch.setattr(util_run, "copy_file", lambda *_: seen.append(seen[-1]) or True)
     flags += ["--epochs", 4, "--save_freq", 2, "--save_interval", interval]
     assert run_main(main_pretrain, *flags) == 0
     assert seen == epochs
@@ -113,8 +118,9 @@ def test_copies_share_nothing(tmp_path):
     with open(tmp_path / "a.pth", "r+b") as file:
         file.write(b"damage")
     assert checkpoint.load(tmp_path / "b.pth")["model"]["a"].tolist() == [1, 1, 1]
-    with pytest.raises(UserError, match="cannot write"):
-        checkpoint.copy_file(tmp_path / "a.pth", tmp_path / "no/b.pth")
+    assert not checkpoint.copy_file(tmp_path / "a.pth", tmp_path / "no/b.pth")
+    assert not checkpoint.copy_file(tmp_path / "none.pth", tmp_path / "b.pth")
+    assert checkpoint.load(tmp_path / "b.pth")["model"]["a"].tolist() == [1, 1, 1]
 
 
 def test_errors_of_the_program_are_not_lost():
@@ -123,3 +129,59 @@ def test_errors_of_the_program_are_not_lost():
     background.wait()
     with pytest.raises(ZeroDivisionError):
         background.failures()
+
+
+def test_a_wait_that_ctrl_c_ends_leaves_the_work_to_be_waited_for():
+    """Until Python 3.12 a thread counts as ended after that."""
+    background, held, done = Background(), threading.Event(), []
+
+    def work():
+        held.wait(60)
+        time.sleep(0.3)
+        done.append(True)
+        return []
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        background.start(work)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            background.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        held.set()
+    background.wait()
+    assert done
+
+
+def test_without_more_threads_the_work_is_done_at_once(monkeypatch):
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    background, error = Background(), UserError("cannot write")
+    background.start(lambda: [error])
+    assert background.failures() == [error]
+
+
+def test_what_nobody_asked_for_is_told_at_the_end(caplog):
+    background = Background()
+    background.start(lambda: [UserError("cannot write it")])
+    finish_background()
+    assert caplog.messages == ["warning: cannot write it"]
+
+
+def _scores_of_a_rank(rank: int, folder: str) -> None:
+    flags = ["--data_path", "digits", "--epochs", "9", "--output_dir", folder]
+    run, saved = Run(finetune_parser().parse_args(flags)), []
+    assert run.last_saved() == "nothing has been saved yet"
+    run._save = lambda names, *_: saved.append(names)
+    for epoch, scores in enumerate([(1, 1), (2, 1), (2, 3), (3, 3)]):
+        run.save(epoch, float(scores[rank]))
+    assert saved == 3 * [[BEST, LAST]]
+    run._saved = "" if rank else "epoch 3, step 0"  # only rank 0 writes
+    assert run.last_saved() == f"{LAST} is of epoch 3, step 0"
+
+
+def test_ranks_of_unlike_scores_save_alike(tmp_path):
+    in_processes(_scores_of_a_rank, 2, str(tmp_path))

@@ -226,7 +226,7 @@ def linprobe_parser() -> Parser:
 
     add = parser.add_argument_group("probe").add_argument
     add("--cache_features", action="store_true",
-        help="encode every image once, without augmentation, and train on the features")
+        help="encode every image once, without augmentation; train on these (float16 above 1 GB)")
     add("--knn", action="store_true",
         help="classify by the 20 nearest training images instead, without training, and stop")
     return parser

@@ -68,7 +68,7 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     Raises:
         UserError: no such GPU, or the processes cannot meet at dist_url.
     """
-    global _host_group, _patient_group
+    global _host_group, _patient_group, _watched
     rank, local_rank, world_size = place(args)
     device = choose_device(args.device, local_rank)
     store = meet(args, rank, world_size)
@@ -81,6 +81,7 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
         dist.init_process_group("gloo", **group)
     _host_group = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
     _patient_group = dist.new_group(backend="gloo", timeout=RANK_ZERO_TIMEOUT)
+    _watched = None  # that of a run before
     return device
 
 
@@ -101,10 +102,16 @@ def watch(work: dist.Work) -> None:
     _watched = work
 
 
-def wait_for(event: torch.cuda.Event) -> None:
-    """Waits for a GPU, but hears signals, and notices when another process has ended.
+def watch_peers(device: torch.device) -> None:
+    """Lets `wait_for` notice from now on when another process ends; called by all ranks."""
+    if device.type == "cuda" and get_world_size() > 1:
+        watch(dist.all_reduce(torch.zeros(1), group=_host_group, async_op=True))
 
-    Without it, nccl waits for that one's part forever, and this process in the driver.
+
+def wait_for(event: torch.cuda.Event) -> None:
+    """Waits for a GPU, but hears signals, and notices when a process that is watched has ended.
+
+    Without it, nccl waits for that one's part for ten minutes, and this process in the driver.
 
     Raises:
         RuntimeError: gloo's, of another process's end.
@@ -116,7 +123,7 @@ def wait_for(event: torch.cuda.Event) -> None:
 
 
 def wait_for_device(device: torch.device) -> None:
-    """Waits for all that a GPU was asked for, as `wait_for`; before the host reads a result."""
+    """Waits for all that a GPU's current stream was asked for, as `wait_for`."""
     if device.type == "cuda":
         event = torch.cuda.Event()
         event.record()

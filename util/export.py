@@ -32,7 +32,7 @@ NORM_EPS, PROBE_EPS = 1e-6, 1e-6  # of the encoder's norms, and of the probe's B
 
 
 def get_args_parser() -> Parser:
-    parser = Parser(prog="util.export", description="Write a checkpoint for timm, transformers")
+    parser = Parser(prog="util.export", description="Write weights for timm, transformers or ONNX")
     text = "path or URL; pretrained, probed or fine-tuned, of any layout that --init takes"
     parser.add_argument("--checkpoint", required=True, help=text)
     text = "a .safetensors file, of the encoder; or a folder or .onnx file, with the classifier too"

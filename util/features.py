@@ -99,12 +99,19 @@ def _room(own: int, total: int, width: int, device: torch.device) -> Tensor:
     size, dtype = 4 * total * width, torch.float32
     if size > HALF_ABOVE:
         size, dtype = size // 2, torch.float16
+        logger.info(f"{total:,} features are kept in float16: {size / 1e9:.1f} GB")
     on_gpu = device.type == "cuda"
-    scarce = on_gpu and size * (1 + own / total) > SHARE * torch.cuda.mem_get_info()[0]
+    scarce = on_gpu and size * (1 + own / total) > SHARE * free_memory()
     if on_gpu and max_over_ranks(int(scarce)):  # all ranks alike: they gather over one backend
         logger.info(f"{total:,} features of {size / 1e9:.1f} GB are kept in the host's memory")
         device = torch.device("cpu")
     return torch.empty(own, width, dtype=dtype, device=device)
+
+
+def free_memory() -> int:
+    """Bytes of the GPU that nobody uses; torch's allocator may hold them already."""
+    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + held
 
 
 def knn_accuracy(train: Features, val: Features, k: int = NEIGHBOURS) -> float:

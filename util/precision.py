@@ -39,7 +39,7 @@ def common_precision(name: str, device: torch.device) -> torch.dtype:
     least, most = -max_over_ranks(-own), max_over_ranks(own)
     if least < most and is_main_process():
         words = [str(CAPABILITY[place]).removeprefix("torch.") for place in (most, least)]
-        logger.warning("warning: not all devices compute in {}: all use {}".format(*words))
+        logger.warning("warning: not all processes compute in {}: all use {}".format(*words))
     return CAPABILITY[least]
 
 

@@ -167,7 +167,8 @@ def draw_neighbours(args: argparse.Namespace) -> Drawn:
 
 def draw_pca(args: argparse.Namespace) -> Drawn:
     encoder, imgs, pixels = encoder_and_images(args, args.images)
-    words = "colours: the first three principal components of patches, less each place's mean"
+    words = "colours: the first three principal components of patches"
+    words += ", less each place's mean" if len(imgs) > 1 else ""
     return pca_sheet(encoder, imgs.to(args.device), pixels), f"{len(imgs)} images; {words}"
 
 

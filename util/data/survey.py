@@ -33,7 +33,7 @@ def inherit_pixels(
     """Takes what flags say of pixels, and `--resize`, from a checkpoint's, unless they are given.
 
     Raises:
-        UserError: they differ, and `strict`; otherwise a warning says so.
+        UserError: those of pixels differ, and `strict`; otherwise a warning says so.
     """
     args.resize = args.resize or flags.get("resize")
     for name in PIXEL_FLAGS:

@@ -1,6 +1,7 @@
 """Work that a thread does while training goes on: writing checkpoints."""
 
 import copy
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 from util.distributed import wait_for_device
 from util.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 _all: set["Background"] = set()
 
 
@@ -18,15 +21,15 @@ class Background:
     """One piece of work at a time.
 
     Attributes:
-        _thread: at work, or done.
+        _done: whether nothing is being done. Waits are for this: until Python 3.12, one for the
+            thread that Ctrl-C ends takes the thread for ended.
         _failed: what went wrong, until it is asked for.
-        _error: what it raised, instead.
     """
 
     def __init__(self):
-        self._thread: threading.Thread | None = None
-        self._failed: list[UserError] = []
-        self._error: Exception | None = None
+        self._done = threading.Event()
+        self._done.set()
+        self._failed: list[Exception] = []
 
     def start(self, work: Callable[[], list[UserError]]) -> None:
         """Waits for the work before, then returns while the thread goes on with this.
@@ -35,33 +38,41 @@ class Background:
             work: returns what went wrong.
         """
         self.wait()
-        self._thread = threading.Thread(target=self._work, args=(work,))
         _all.add(self)
-        self._thread.start()
+        self._done.clear()
+        try:
+            threading.Thread(target=self._work, args=(work,)).start()
+        except RuntimeError:  # this process may start no more threads
+            self._work(work)
 
     def _work(self, work: Callable[[], list[UserError]]) -> None:
         try:
-            self._failed += work()
+            failed = work()
+            self._failed.extend(failed)
         except Exception as error:
-            self._error = error
+            self._failed.append(error)
+        finally:
+            self._done.set()
 
     def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        _all.discard(self)
+        self._done.wait()
 
     def failures(self) -> list[UserError]:
         """What went wrong since the last call; raises what the work has raised."""
-        if self._error is not None:
-            raise self._error
         failed, self._failed = self._failed, []
+        for error in failed:
+            if not isinstance(error, UserError):
+                raise error
         return failed
 
 
 def finish_background() -> None:
-    """Waits for all that is still being done, before this process ends."""
+    """Waits for all that is still being done, before this process ends; tells what went wrong."""
     for background in list(_all):
         background.wait()
+        for error in background._failed:
+            logger.warning(f"warning: {error}")
+        _all.discard(background)
 
 
 class HostCopy:

@@ -61,14 +61,21 @@ def save(state: dict[str, Any], path: Path) -> None:
     _write(path, lambda file: torch.save(state, file))
 
 
-def copy_file(source: Path, path: Path) -> None:
-    """Copies a checkpoint; as `save`. Not a link: damage to one file must leave the other good."""
+def copy_file(source: Path, path: Path) -> bool:
+    """Copies a checkpoint, as safely as `save`; False if it cannot be read, or not be written.
+
+    Not a link: damage to one file must leave the other good.
+    """
 
     def copy(file: IO[bytes]) -> None:
         with open(source, "rb") as content:
             shutil.copyfileobj(content, file, BLOCK)
 
-    _write(path, copy)
+    try:
+        _write(path, copy)
+    except UserError:
+        return False
+    return True
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], None]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from util.distributed import is_main_process, mean_over_ranks, wait_for
+from util.distributed import is_main_process, mean_over_ranks, wait_for, watch_peers
 from util.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,10 @@ class FiniteCheck:
             copied = torch.cuda.Event()
             copied.record()
         self._pending = place, list(values), copy, copied
-        return self.skips == 0 or self.settle()
+        if self.skips == 0:
+            return True
+        watch_peers(means.device)
+        return self.settle()
 
     def check_weights(self, place: str, model: nn.Module) -> None:
         """Checks a model after an update.

@@ -25,7 +25,7 @@ class Interrupts:
     Before the first `poll` there is nothing to save: a signal then ends this process at once.
 
     Args:
-        save_interval: seconds between saves within an epoch.
+        save_interval: seconds between saves.
     Attributes:
         _requested: the signal that asked this rank to stop; 0 for none.
         _polled: whether there has been a `poll`.
@@ -45,9 +45,9 @@ class Interrupts:
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._requested = number
-        if number == signal.SIGINT:  # a second Ctrl-C stops at once
+        if number == signal.SIGINT:  # the second ends this process, but no file that it writes
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            logger.warning("saving at the next step, then stopping; Ctrl-C again stops at once")
+            logger.warning("saving at the next step, then stopping; Ctrl-C again does not save")
 
     def poll(self) -> tuple[int, bool]:
         """Once per optimizer step, on every rank: the signal to stop for (0: none), save now?

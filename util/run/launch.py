@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 PEER_LOST = "another process of this run died or hung, see its own messages"
 # In nccl's errors that tell of another process's end.
-NCCL_PEER = ("ncclRemoteError", "remote process", "aborted", "collective operation timeout")
+NCCL_PEER = (
+    "ncclRemoteError", "remote process", "remote peer", "reset by peer", "aborted",
+    "collective operation timeout", "wait timeout", "store->get",
+)  # fmt: skip
 _launched = False  # by `launch`, after which the process ends
 # Seconds for gloo's threads to drop the last tensors: until torch 2.7 or so, destroying the group
 # keeps Python's lock, which they need for that, and waits for them.

@@ -37,7 +37,7 @@ MISFIT = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, Arit
 
 
 class Run:
-    """Saves and resumes: after each epoch, every few minutes, and when asked to stop.
+    """Saves and resumes: after epochs, every few minutes, and when asked to stop.
 
     A checkpoint's `epoch` is the last complete one (-1 before the first one ends), `images` the
     number trained on in the next, `metrics` what each rank has measured there. Random numbers need
@@ -59,7 +59,7 @@ class Run:
         _interrupts, _given: stop requests and the clock; flags as they were given.
         _background, _copy: writes checkpoints while training goes on, from a copy of the state.
         _steps: of an epoch.
-        _saved: the position of the last save.
+        _saved: the position that the folder's `LAST` is of.
     Raises:
         UserError: the folder holds another run, there is no such checkpoint, it is damaged, or with
             `--resume auto` of another experiment.
@@ -117,9 +117,10 @@ class Run:
         return sorted(int(name[1]) for name in names if name)
 
     def last_saved(self) -> str:
-        """What a run that ends now leaves."""
-        self._background.wait()
-        return f"{LAST} is of {self._saved}" if self._saved else "nothing has been saved yet"
+        """What a run that ends now leaves; called by all ranks."""
+        from_rank_zero(self._background.wait)
+        saved = from_rank_zero(lambda: self._saved)
+        return f"{LAST} is of {saved}" if saved else "nothing has been saved yet"
 
     def resume(self, model: nn.Module, **states: Any) -> None:
         """Registers model and optimizer, and loads the checkpoint to resume, if any.
@@ -150,8 +151,10 @@ class Run:
         # In images: with another global batch, a step that they fill only in part is repeated.
         self.step = state.get("images", 0) // global_batch(self.args)
         self.best = state.get("best", self.best)
-        self._saved = f"epoch {self.epoch}, step {self.step}"
-        logger.info(f"resumed {path}: {self._saved}")
+        place = f"epoch {self.epoch}, step {self.step}"
+        logger.info(f"resumed {path}: {place}")
+        if self.folder is not None and Path(path) == self.folder / LAST:
+            self._saved = place
         given = {name: state[key] for name in self._given if (key := f"given_{name}") in state}
         before = state.get("args", {}) | {"lr": self._given["lr"]} | given
         tell_changes(before, vars(self.args) | self._given)
@@ -221,13 +224,14 @@ class Run:
         If it is neither the best, numbered nor the run's end, only when the interval is over.
 
         Args:
-            score: the state with the highest one so far is also saved as the best.
+            score: the state with rank 0's highest one so far is also saved as the best.
         Raises:
             UserError: the last epoch's cannot be saved; on all ranks.
         """
         self.epoch, self.step = epoch + 1, 0
         final = self.epoch == self.args.epochs
         names = []
+        score = from_rank_zero(lambda: score)  # sums in another order may make another's the best
         if score is not None and score > self.best:
             self.best = score
             names.insert(0, BEST)
@@ -272,10 +276,13 @@ class Run:
     ) -> list[UserError]:
         """Tries all files, in a thread; returns the failures."""
         failed, written = [], None
-        for path in (self.folder / name for name in names):
+        for name in names:
+            path = self.folder / name
             try:
-                copy_file(written, path) if written else save(state, path)
-                written, self._saved = path, place
+                if written is None or not copy_file(written, path):
+                    save(state, path)
+                written = path
+                self._saved = place if name == LAST else self._saved
             except UserError as error:
                 failed.append(error)
         if self.args.keep_last and not failed:
