@@ -302,9 +302,10 @@ def fit_grid(task: Task) -> None:
     if not held.any():
         raise UserError("--blr auto: classes of one image each leave none to choose by")
     task.model.head = heads = GridHeads(task.model.embed_dim, classes).to(device)
-    optimizer = torch.optim.SGD(
-        heads.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay
-    )
+    settings = {"lr": args.lr, "momentum": 0.9, "weight_decay": args.weight_decay}
+    optimizer = torch.optim.SGD(heads.parameters(), fused=True, **settings)
+    for p in heads.parameters():  # which torch would not make if the first step is left out
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     run.resume(task.model, optimizer=optimizer, scaler=precision.scaler)
     loader = train_loader(rest, args, device, num_workers=0)
     training = Training(heads, loader, optimizer, precision, args, run)

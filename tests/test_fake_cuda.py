@@ -31,10 +31,9 @@ STARTUP = {
     ("a copy to cuda", "util/features.py:part"),
     ("a copy to cuda", "engine_finetune.py:class_weights"),
 }
-SAVED = {("a copy to cpu", "util/misc.py:<dictcomp>")}
+SAVED = {("a copy to cpu", "util/misc.py:state_dict"), ("a number", "util/run/run.py:_write")}
 PRINTED = {  # every 20 steps, and at an epoch's end
     ("a number", "util/misc.py:window"),
-    ("a number", "util/misc.py:<dictcomp>"),  # gradient norm and learning rate
     ("a number", "util/run/finite.py:check_weights"),
 }
 EPOCH = {  # once, after evaluation
@@ -56,16 +55,17 @@ PICTURES = {  # of a few images, by rank 0, once an epoch that is evaluated
     ("a copy to cpu", "util/pictures.py:heat"),
     ("a copy to cpu", "util/pictures.py:to_image"),
     ("a copy to cpu", "util/visualize.py:reconstruction_grid"),
-    ("a copy to cuda", "util/visualize.py:<genexpr>"),
+    ("a copy to cuda", "util/visualize.py:reconstruction_grid"),
 }
 VIT = ["--model", "vit_nano_patch4", "--input_size", 8, "--num_workers", 0, "--warmup_epochs", 0]
 MIX = ["--mixup", 0.8, "--cutmix", 1, "--clip_grad", 1, "--accum_iter", 2]
 MAE = ["--model", "mae_vit_nano_patch4", *VIT[2:]]
 RUNS = {
-    "CAN": (main_pretrain, ["--accum_iter", 2, "--eval_freq", 1, *MAE]),
+    "CAN": (main_pretrain, ["--accum_iter", 2, "--eval_freq", 1, "--skip_nonfinite", 3, *MAE]),
     "paper": (main_pretrain, ["--recipe", "paper", "--epochs", 1, *MAE]),
     "MAE": (main_pretrain, ["--weight_simclr", 0, "--norm_pix_loss", "--epochs", 1, *MAE]),
-    "probe": (main_linprobe, [*VIT, "--class_weights", "balanced"]),
+    "float16": (main_pretrain, ["--precision", "fp16", "--epochs", 1, *MAE]),
+    "probe": (main_linprobe, [*VIT, "--class_weights", "balanced", "--skip_nonfinite", 3]),
     "cached probe": (main_linprobe, [*VIT, "--cache_features", "--dist_eval"]),
     "grid": (main_linprobe, [*VIT, "--blr", "auto"]),
     "kNN": (main_linprobe, [*VIT, "--knn"]),

@@ -79,7 +79,7 @@ def test_steps_are_left_out_where_that_is_allowed(precision, flags, tmp_path, mo
     flags += ["--epochs", 1, "--batch_size", 12, "--precision", precision, "--skip_nonfinite", 2]
     spoil(monkeypatch, 1, 2)
     assert run_main(main_pretrain, *flags) == 0
-    assert seen == [1, 2]
+    assert seen == [1, 1, 1, 2]
     out = capsys.readouterr().out
     assert "step 2, lr " in out
     assert "step skipped, 2 in a row of 2 allowed" in out
@@ -88,19 +88,29 @@ def test_steps_are_left_out_where_that_is_allowed(precision, flags, tmp_path, mo
     assert all(tensor.isfinite().all() for tensor in state_of(tmp_path / "out")["model"].values())
 
 
-def test_a_step_that_is_left_out_leaves_no_trace_in_batchnorm(photos, flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("heads", "steps"), [([], 3), (["--blr", "auto"], 2)], ids=["LARS", "a grid"]
+)
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_probe_s_step_leaves_no_trace_where_it_is_left_out(
+    heads, steps, bad, photos, flags, tmp_path, monkeypatch
+):
+    """Nor in BatchNorm; a step of nothing but zeros would, by decay and momentum."""
     calls = iter(range(100))
 
     def to_device(batch, device, original=engine_finetune.to_device):
         inputs, labels = original(batch, device)
-        return (inputs * math.nan if next(calls) == 1 else inputs), labels
+        return (inputs * math.nan if next(calls) == bad else inputs), labels
 
     monkeypatch.setattr(engine_finetune, "to_device", to_device)
     flags = [*flags[:2], "--model", "vit_nano_patch4", *flags[4:], "--warmup_epochs", 0]
-    assert run_main(main_linprobe, *flags, "--epochs", 1, "--skip_nonfinite", 1) == 0
-    model = state_of(tmp_path / "out")["model"]
-    assert model["head.0.running_mean"].isfinite().all()
-    assert model["head.0.num_batches_tracked"] == 2
+    flags += ["--epochs", 1, "--weight_decay", 0.1, *heads, "--skip_nonfinite", 1]
+    assert run_main(main_linprobe, *flags) == 0
+    state = state_of(tmp_path / "out")
+    (tracked,) = (t for name, t in state["model"].items() if "num_batches_tracked" in name)
+    assert tracked == steps - 1
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert all(t.isfinite().all() for p in state["optimizer"]["state"].values() for t in p.values())
 
 
 def test_an_epoch_of_nothing_but_skipped_steps_is_logged(flags, tmp_path, monkeypatch):
@@ -113,8 +123,8 @@ def test_overflows_of_float16_are_normal_for_a_while():
     check = FiniteCheck(skips=0, scaled=True)
     infinite = {"loss": torch.tensor(1.0), GRADIENT: torch.tensor(math.inf)}
     for _ in range(OVERFLOWS):
-        assert check.step("here", infinite)
-        assert check.settle()
+        assert check.step("here", infinite) == 1
+        check.settle()
     check.step("there", infinite)
     with pytest.raises(UserError, match="gradient norm is inf at there"):
         check.settle()
@@ -123,11 +133,12 @@ def test_overflows_of_float16_are_normal_for_a_while():
 def _check_on_two_ranks(rank: int) -> None:
     check = FiniteCheck(skips=1, scaled=False)
     values = {"loss": torch.tensor(1.0), GRADIENT: torch.tensor(1.0)}
-    assert check.step("first", values)
+    assert check.step("first", values) == 0
     bad = values | {"loss": torch.tensor(math.inf if rank else 1.0)}
-    assert not check.step("second", bad)  # with gradients that are finite
+    assert check.step("second", bad) == 1  # with gradients that are finite
+    assert check.step("third", bad) == 1
     with pytest.raises(UserError, match="loss is inf, gradient norm is 1 at third"):
-        check.step("third", bad)
+        check.settle()
 
 
 def test_one_rank_speaks_for_all():

@@ -13,7 +13,12 @@ class LARS(torch.optim.Optimizer):
 
     Args:
         trust_coefficient: a step's norm as a share of the weight's, at learning rate 1.
+    Attributes:
+        found_inf: a scalar that is 1 if the next step must be left out, as torch's fused optimizers
+            have it; None for never.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -42,5 +47,10 @@ class LARS(torch.optim.Optimizer):
         state = self.state[p]
         if "mu" not in state:
             state["mu"] = torch.zeros_like(p)
-        state["mu"].mul_(group["momentum"]).add_(update)
-        p.add_(state["mu"], alpha=-group["lr"])
+        mu = state["mu"] * group["momentum"] + update
+        moved = p.add(mu, alpha=-group["lr"])
+        if self.found_inf is not None:
+            left_out = self.found_inf > 0
+            mu, moved = state["mu"].where(left_out, mu), p.where(left_out, moved)
+        state["mu"].copy_(mu)
+        p.copy_(moved)

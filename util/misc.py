@@ -60,6 +60,9 @@ class _Tally:
         return means
 
 
+SKIPPED = "skipped"  # the sum that counts steps which are left out of the means
+
+
 class MetricLogger:
     """Means of metrics over an epoch; they stay on the device until they are asked for.
 
@@ -94,8 +97,15 @@ class MetricLogger:
             self._window.wait += time.perf_counter() - begin
             yield batch
 
-    def update(self, images: int, **metrics: Tensor) -> None:
-        """Adds scalars of one step over a number of images of this rank."""
+    def update(self, images: int, skipped: Tensor | None = None, **metrics: Tensor) -> None:
+        """Adds scalars of one step over a number of images of this rank.
+
+        Args:
+            skipped: 1 leaves the step out of the means, 0 does not; a scalar on the device.
+        """
+        if skipped is not None:
+            metrics = {name: value.where(skipped == 0, 0.0) for name, value in metrics.items()}
+            metrics[SKIPPED] = skipped
         self._window.add(metrics, updates=1, images=images, wait=0.0, seconds=0.0)
 
     def window(self, **others: Tensor | float) -> dict[str, float]:
@@ -104,6 +114,7 @@ class MetricLogger:
         if window.sums:
             sums = mean_over_ranks(torch.stack(list(window.sums.values()))).tolist()
             window.sums = dict(zip(window.sums, sums, strict=True))
+            window.updates -= round(window.sums.pop(SKIPPED, 0))
         now = time.perf_counter()  # after the transfer: all of the window's work is done
         window.seconds, self._since = now - self._since, now
         self._epoch.add(**vars(window))

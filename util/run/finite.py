@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from util.distributed import is_main_process, mean_over_ranks, wait_for, watch_peers
+from util.distributed import is_main_process, mean_over_ranks, wait_for
 from util.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class FiniteCheck:
     """Ends a run, or skips a step, when its loss or gradient is not finite.
 
     A step's values are averaged over the ranks. They are read one step late, when the device has
-    them and the host need not wait; at once if steps may be skipped.
+    them and the host need not wait; until then the device alone knows whether a step is skipped.
 
     Args:
         skips: how many steps in a row may be skipped.
@@ -38,12 +38,14 @@ class FiniteCheck:
         self._in_a_row = {True: 0, False: 0}
         self._pending: tuple[str, list[str], Tensor, torch.cuda.Event | None] | None = None
 
-    def step(self, place: str, values: dict[str, Tensor]) -> bool:
-        """Checks a step before its update; returns whether to make the update.
+    def step(self, place: str, values: dict[str, Tensor]) -> Tensor | None:
+        """Checks a step before its update, after the one before.
 
         Args:
             place: of the step, for messages.
             values: scalars: this rank's losses, and as `GRADIENT` the gradient's norm.
+        Returns:
+            A scalar on the device: 1 if the update must be skipped, else 0. None: none may be.
         Raises:
             UserError: as `settle`.
         """
@@ -54,10 +56,7 @@ class FiniteCheck:
             copied = torch.cuda.Event()
             copied.record()
         self._pending = place, list(values), copy, copied
-        if self.skips == 0:
-            return True
-        watch_peers(means.device)
-        return self.settle()
+        return (~means.isfinite().all()).float() if self.skips or self.scaled else None
 
     def check_weights(self, place: str, model: nn.Module) -> None:
         """Checks a model after an update.
@@ -69,20 +68,20 @@ class FiniteCheck:
         if not mean_over_ranks(get_total_norm(tensors, foreach=True)).isfinite():
             raise UserError(f"weights are not finite after {place}; {self.saved()}")
 
-    def settle(self) -> bool:
-        """Reads the pending step, if any; False if its update must be skipped.
+    def settle(self) -> None:
+        """Reads the pending step, if any.
 
         Raises:
             UserError: it is not finite, and no more steps may be skipped; on all ranks.
         """
         if self._pending is None:
-            return True
+            return
         (place, names, means, copied), self._pending = self._pending, None
         if copied is not None:
             wait_for(copied)
         if means.isfinite().all():
             self._in_a_row = {True: 0, False: 0}
-            return True
+            return
         values = dict(zip(names, means.tolist(), strict=True))
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         overflow = self.scaled and bad == [GRADIENT]
@@ -94,4 +93,3 @@ class FiniteCheck:
         if not overflow and is_main_process():
             skipped = f"{self._in_a_row[False]} in a row of {self.skips} allowed"
             logger.warning(f"warning: {line}; step skipped, {skipped}")
-        return overflow

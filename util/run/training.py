@@ -34,7 +34,7 @@ class Step:
     epoch: int
     number: int  # within the epoch, from 0
     lr: float
-    buffers: list[Tensor]  # the model's before the step, if it may be skipped
+    buffers: list[tuple[Tensor, Tensor]]  # the model's, and as before, if it may be skipped
     means: dict[str, Tensor]
 
     def __str__(self) -> str:
@@ -52,6 +52,7 @@ class Training:
     Args:
         model: not wrapped in DDP.
         loader: batches for whole optimizer steps, from `train_loader`.
+        optimizer: leaves a step out where its `found_inf` is 1, as torch's fused ones do.
         args: accum_iter, seed, epochs, skip_nonfinite, compile, and the learning rate's schedule.
         run: after its `resume`; it counts the steps of the epoch and saves within it.
         clip_grad: the largest gradient norm; None does not clip.
@@ -142,8 +143,8 @@ class Training:
 
     def _begin_step(self, epoch: int, number: int) -> None:
         lr = self._adjust_lr(epoch, number)
-        buffers = [b.clone() for b in self.model.buffers()] if self.args.skip_nonfinite else []
-        self._step = Step(epoch, number, lr, buffers, means={})
+        buffers = self.model.buffers() if self.args.skip_nonfinite else []
+        self._step = Step(epoch, number, lr, [(b, b.clone()) for b in buffers], means={})
 
     def _adjust_lr(self, epoch: int, number: int) -> float:
         return adjust_learning_rate(self.optimizer, epoch + number / self.steps, self.args)
@@ -153,12 +154,13 @@ class Training:
         step, scaler = self._step, self.precision.scaler
         scaler.unscale_(self.optimizer)
         grad_norm = self._clip()
-        if self._finite.step(str(step), step.means | {GRADIENT: grad_norm}):
-            scaler.step(self.optimizer)
-            self._metrics.update(self.loader.batch_size * self.args.accum_iter, **step.means)
-        else:  # the forward pass may have made BatchNorm's statistics NaN
-            for buffer, before in zip(self.model.buffers(), step.buffers, strict=True):
-                buffer.copy_(before)
+        skipped = self._finite.step(str(step), step.means | {GRADIENT: grad_norm})
+        self.optimizer.found_inf = skipped  # not by `scaler.step`, which knows only of gradients
+        self.optimizer.step()
+        for buffer, before in step.buffers:  # such as BatchNorm's, which may have become NaN
+            buffer.copy_(before.where(skipped > 0, buffer))
+        images = self.loader.batch_size * self.args.accum_iter
+        self._metrics.update(images, skipped, **step.means)
         scaler.update()
         self.optimizer.zero_grad()
 
