@@ -147,7 +147,8 @@ def nt_xent(
     with torch.autocast(embeddings.device.type, enabled=False):
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         several = global_negatives and dist.is_initialized() and dist.get_world_size() > 1
-        candidates = gather_with_grad(embeddings) if several else embeddings
+        # A view, since torch.compile takes no tensor twice.
+        candidates = gather_with_grad(embeddings) if several else embeddings.view_as(embeddings)
         offset = dist.get_rank() * len(embeddings) if several else 0
         loss, hits = _NTXent.apply(embeddings, candidates, offset, temperature)
     return loss / len(embeddings), hits / len(embeddings)

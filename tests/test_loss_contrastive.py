@@ -54,6 +54,18 @@ def tile_rows(request, monkeypatch):
     return request.param
 
 
+def test_nt_xent_is_one_graph():
+    """Forward and backward; "aot_eager" generates no code, which would take a minute."""
+    found = []
+    torch._dynamo.reset()
+    for run in (nt_xent, torch.compile(nt_xent, fullgraph=True, backend="aot_eager")):
+        embeddings = by_view(reference_features(8, 16)).requires_grad_()
+        loss, top1 = run(embeddings)
+        loss.backward()
+        found.append((loss, top1, embeddings.grad))
+    torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.usefixtures("tile_rows")
 @pytest.mark.parametrize(("case", "expected"), REFERENCE.items(), ids=str)
 def test_nt_xent_equals_the_reference(case, expected):
