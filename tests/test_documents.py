@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, free_port, run, run_main
+from packaging.version import Version
 from PIL import Image
 
 import main_linprobe
@@ -249,10 +250,14 @@ def test_documents_are_short(name):
     assert len(DOCUMENTS[name].splitlines()) <= LENGTHS[name]
 
 
+def versions(path: str) -> dict[str, str]:
+    return dict(re.findall(r"^([\w-]+)[>=]=([\d.]+)", (ROOT / path).read_text(), re.M))
+
+
 def test_the_oldest_versions_are_the_requirements_floor():
-    floor = dict(re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
-    oldest = dict(
-        re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / ".github/oldest.txt").read_text(), re.M)
-    )
+    floor, oldest = versions("requirements.txt"), versions(".github/oldest.txt")
     assert set(floor) - set(oldest) == OPTIONAL
     assert all(f"{oldest[name]}.".startswith(f"{floor[name]}.") for name in oldest)
+    newest = versions(".github/newest.txt")
+    assert newest.keys() == oldest.keys()
+    assert all(Version(newest[name]) > Version(oldest[name]) for name in oldest)
