@@ -5,6 +5,8 @@ Allowed is what happens rarely: at start-up, when a line is printed, at the end 
 
 import argparse
 import importlib
+from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 
 import pytest
@@ -82,12 +84,28 @@ def run(script: ModuleType, photos, tmp_path, *flags: object) -> set[tuple[str, 
     return set(fake.waits)
 
 
+@pytest.fixture(scope="module")
+def waits(photos, tmp_path_factory) -> Callable[[str], set[tuple[str, str]]]:
+    """Of one of `RUNS`."""
+
+    @cache
+    def waits(name: str) -> set[tuple[str, str]]:
+        script, flags = RUNS[name]
+        return run(script, photos, tmp_path_factory.mktemp("fake"), *flags)
+
+    return waits
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_a_script_runs_on_one_device_and_waits_only_where_it_may(name, photos, tmp_path):
-    script, flags = RUNS[name]
+def test_a_script_runs_on_one_device_and_waits_only_where_it_may(name, waits):
     allowed = STARTUP | SAVED | PRINTED | EPOCH
-    allowed |= PICTURES if script is main_pretrain else set()
-    assert run(script, photos, tmp_path, *flags) - allowed == set()
+    allowed |= PICTURES if RUNS[name][0] is main_pretrain else set()
+    assert waits(name) - allowed == set()
+
+
+def test_no_wait_is_allowed_that_none_needs(waits):
+    found = set().union(*map(waits, RUNS))
+    assert (STARTUP | SAVED | PRINTED | EPOCH | PICTURES) - found == set()
 
 
 def test_the_check_for_the_first_gpu_runs(monkeypatch, capsys):

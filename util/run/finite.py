@@ -26,7 +26,7 @@ class FiniteCheck:
 
     Args:
         skips: how many steps in a row may be skipped.
-        scaled: float16's loss scaling is on; it skips steps with infinite gradients by itself.
+        scaled: float16's loss scaling is on: infinite gradients are normal while it finds a scale.
         saved: says what the last checkpoint holds.
     Attributes:
         _in_a_row: steps that were not finite, by whether it was because of too large a loss scale.
