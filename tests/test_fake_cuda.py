@@ -20,6 +20,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from util.data import augment
+from util_contrastive import draw_parameters
 
 pytestmark = pytest.mark.skipif(
     torch.torch_version.TorchVersion(torch.__version__) < (2, 10),
@@ -113,13 +114,26 @@ def test_the_check_for_the_first_gpu_runs(monkeypatch, capsys):
     monkeypatch.setenv("BENCHMARK_SECONDS", "0")
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     gpu_check = importlib.import_module("gpu_check")
-    monkeypatch.setattr(augment, "compiled_run", lambda: augment.run_all)  # needs a GPU's compiler
-    monkeypatch.setattr(gpu_check.Check, "SIZES", {"tiny_patch16": 2})
+    compiled = []  # which needs a GPU's compiler
+    monkeypatch.setattr(augment, "compiled_run", lambda: compiled.append(1) or augment.run_all)
+    monkeypatch.setattr(gpu_check.Check, "SIZES", {"tiny_patch16": augment.COMPILED_FROM})
     monkeypatch.setattr(gpu_check, "RATES", {"CAN": 0.45})
     only = ["waits", "rates", "augmentation", "contrast"]
     with fake_cuda():
         gpu_check.main(argparse.Namespace(device="cuda", only=only, json=None))
     assert "0 error" in capsys.readouterr().out
+    assert compiled
+
+
+def test_small_batches_are_not_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(augment, "compiled_run", lambda: compiled.append(1) or augment.run_all)
+    with fake_cuda():
+        for count in (augment.COMPILED_FROM - 1, augment.COMPILED_FROM):
+            crops = torch.zeros(count, 3, 8, 8, dtype=torch.uint8, device="cuda")
+            parameters = torch.stack([draw_parameters() for _ in range(count)])
+            augment.augment(crops, parameters, compiled=True)
+            assert len(compiled) == (count == augment.COMPILED_FROM)
 
 
 def test_a_planted_wait_is_found(photos, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ LUMA = (0.2989, 0.587, 0.114)  # grey level of R, G, B (ITU-R BT.601, torchvisio
 BLUR_RADIUS = 3  # sigmas, rounded up to whole pixels
 
 CPU_PIXELS = 2**14  # of the images processed at once: what caches hold
+COMPILED_FROM = 32  # images: smaller batches differ in what they ask for, and each is compiled
 
 # One image's parameters: blends (before hue, after it, and one for greyscale), hue, sigma. A blend
 # [own, grey, mean] turns a pixel into own x pixel + grey x its luma + mean x the image's mean luma.
@@ -42,7 +43,8 @@ def augment(
         parameters: [N, 23], on the CPU: operations that no image of the batch needs are skipped
             without asking the device.
         means, stds: of the C channels, in 0 .. 1, to normalise by.
-        compiled: on a GPU, by few kernels that torch makes at the first call.
+        compiled: on a GPU, batches of `COMPILED_FROM` images or more by few kernels that torch
+            makes at the first call.
     Returns:
         float32 [N, C, H, W].
     """
@@ -51,7 +53,8 @@ def augment(
         parts = zip(crops.split(at_once), parameters.split(at_once), strict=True)
         return torch.cat([augment(*part, means, stds) for part in parts])
     work = Work.of(parameters)
-    run = compiled_run() if compiled and crops.is_cuda else run_all
+    compiled = compiled and crops.is_cuda and len(crops) >= COMPILED_FROM
+    run = compiled_run() if compiled else run_all
     return run(crops, parameters.to(crops.device, non_blocking=True), work, means, stds)
 
 
@@ -97,10 +100,7 @@ def run_all(
 
 @cache
 def compiled_run() -> Callable:
-    """`run_all`, for each kind of work that batches ask for; of large ones there is nearly one.
-
-    Not `fullgraph`: small batches ask for more kinds than torch compiles, and then run without.
-    """
+    """`run_all`, for each kind of work that batches ask for: of large ones nearly always one."""
     return torch.compile(run_all, dynamic=False)
 
 
