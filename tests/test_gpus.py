@@ -178,7 +178,7 @@ def test_nearest_neighbours_are_found_part_by_part(monkeypatch):
         assert knn_accuracies(train, val) == whole
 
 
-def test_many_features_take_half_the_memory(photos, monkeypatch):
+def test_many_features_take_half_the_memory(photos, monkeypatch, caplog):
     words = ["--data_path", photos, "--model", "vit_nano_patch4", "--input_size", 8]
     args = linprobe_parser().parse_args([*map(str, words), "--num_workers", "0"])
     images = open_dataset(str(photos), train=True)
@@ -190,7 +190,9 @@ def test_many_features_take_half_the_memory(photos, monkeypatch):
 
     whole = encode(encoder, images, args, precision)
     monkeypatch.setattr(features, "HALF_ABOVE", 1000)
+    caplog.set_level("INFO")
     half = encode(encoder, images, args, precision)
+    assert "features are kept in float16" in caplog.text
     assert (whole.features.dtype, half.features.dtype) == (torch.float32, torch.float16)
     assert half[0, 3][0].dtype == torch.float32
     torch.testing.assert_close(half.features.float(), whole.features, rtol=1e-3, atol=1e-3)

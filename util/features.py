@@ -103,7 +103,7 @@ def _room(own: int, total: int, width: int, device: torch.device) -> Tensor:
     on_gpu = device.type == "cuda"
     scarce = on_gpu and size * (1 + own / total) > SHARE * free_memory()
     if on_gpu and max_over_ranks(int(scarce)):  # all ranks alike: they gather over one backend
-        logger.info(f"{total:,} features of {size / 1e9:.1f} GB are kept in the host's memory")
+        logger.info(f"{total:,} features are in the host's memory: {size / 1e9:.1f} GB a process")
         device = torch.device("cpu")
     return torch.empty(own, width, dtype=dtype, device=device)
 
