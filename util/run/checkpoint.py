@@ -23,6 +23,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from util.distributed import from_rank_zero
 from util.errors import UserError
@@ -175,7 +176,9 @@ def _read(path: Path) -> Any:
             return {"model": safetensors.torch.load_file(path)}
         _check_archive(path)
         with torch.serialization.safe_globals(ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        _check_sizes(path, state)
+        return state
     except pickle.UnpicklingError as error:
         reason = str(error).replace("WeightsUnpickler error: ", "").strip().splitlines()
         reason = next((line for line in reason if "GLOBAL" in line or "Unsupported" in line), "")
@@ -197,6 +200,19 @@ def _check_archive(path: Path) -> None:
         raise ValueError("it is cut short, or damaged") from None
     if damaged:
         raise ValueError(f"it is damaged: {damaged} does not have its checksum")
+
+
+def _check_sizes(path: Path, state: Any) -> None:
+    """Raises ValueError where tensors claim more than the archive holds; older torch reads on."""
+    if not zipfile.is_zipfile(path):
+        return
+    members = zipfile.ZipFile(path).infolist()
+    held = sum(member.file_size for member in members if "/data/" in member.filename)
+    tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+    storages = [t.untyped_storage() for t in tensors if t.layout == torch.strided and not t.is_meta]
+    claimed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if claimed > held:
+        raise ValueError(f"it is damaged: tensors of {claimed} bytes, of which it has {held}")
 
 
 def _checked(state: Any, source: str | Path) -> dict[str, Any]:
