@@ -145,6 +145,21 @@ def test_the_end_of_a_loader_process_is_explained_and_no_other_error(how):
     assert f"`ulimit -n` allows {files} open files" in line
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "unable to write to file </torch_4868_3223831450_63>: No space left on device (28)",
+        "unable to allocate shared memory(shm) for file </torch_9_1_2>: No space left on device",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+        "dataloader's workers are out of shared memory.",
+    ],
+)
+def test_too_little_shared_memory_is_explained(words):
+    """As torch 2.6 to 2.14 say it, behind a loader process's traceback."""
+    text = f"Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: {words}\n"
+    assert "--ipc=host" in loader.explain(RuntimeError(text))
+
+
 @starts
 @pytest.mark.parametrize("ignored", [False, True], ids=["closed terminal", "nohup"])
 def test_a_hangup_saves_and_stops_unless_it_is_ignored(ignored, command, tmp_path):
