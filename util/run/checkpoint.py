@@ -206,8 +206,8 @@ def _check_sizes(path: Path, state: Any) -> None:
     """Raises ValueError where tensors claim more than the archive holds; older torch reads on."""
     if not zipfile.is_zipfile(path):
         return
-    members = zipfile.ZipFile(path).infolist()
-    held = sum(member.file_size for member in members if "/data/" in member.filename)
+    with zipfile.ZipFile(path) as archive:
+        held = sum(part.file_size for part in archive.infolist() if "/data/" in part.filename)
     tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
     storages = [t.untyped_storage() for t in tensors if t.layout == torch.strided and not t.is_meta]
     claimed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
