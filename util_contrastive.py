@@ -61,12 +61,13 @@ def draw_parameters(blur_prob: float = BLUR_PROB, jitter: T.ColorJitter | None =
     before, after, hue = [], [], 0.0
     if torch.rand(()).item() < JITTER_P:
         ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
-        order, b, c, s, h = jitter.get_params(*ranges)
+        order, *factors, h = jitter.get_params(*ranges)
+        b, c, s = (1.0 if factor is None else factor for factor in factors)  # None: strength 0
         blends = {0: (b, 0.0, 0.0), 1: (c, 0.0, 1 - c), 2: (s, 1 - s, 0.0)}
         slot = before
         for operation in order.tolist():
             if operation == 3:
-                hue, slot = h, after
+                hue, slot = h or 0.0, after
             else:
                 slot.append(blends[operation])
     before += [IDENTITY] * (BEFORE - len(before))

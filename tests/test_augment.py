@@ -176,6 +176,17 @@ def test_parameters_are_distributed_as_torchvision_s():
     assert uniformity([s for s in sigma if s], 0.1, 2.0) < 1.95
 
 
+@pytest.mark.parametrize("strength", [0, 2.5])
+def test_jitter_of_the_least_and_the_most_that_is_allowed(strength):
+    torch.manual_seed(0)
+    drawn = torch.stack([draw_parameters(0.0, color_jitter(strength)) for _ in range(50)])
+    colours = drawn[:, : -2 - len(IDENTITY)].unflatten(1, (-1, 3))  # greyscale aside
+    assert drawn.isfinite().all()
+    assert bool((colours == torch.tensor(IDENTITY)).all() and (drawn[:, -2] == 0).all()) == (
+        strength == 0
+    )
+
+
 @pytest.mark.parametrize("shape", [(48, 48), (5, 5), (31, 7)])
 def test_blur_by_matrix_is_the_same(shape):
     imgs, sigmas = images(8).float()[:, :, : shape[0], : shape[1]], factors(0.0, 2.0)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from study import LOGS, POOLS
-from sweeps import ABLATIONS, METHODS, Run
+from sweeps import ABLATIONS, METHODS, RECIPES, Run
 
 TERMS = ("reconstruction", "noise", "contrastive")
 MAIN_READOUTS = ("probe cls-100", "probe pooled-100", "kNN cls", "kNN pooled")
@@ -190,6 +190,9 @@ def main(args: argparse.Namespace) -> None:
     if ablations:
         differences(ablations, can, deviations, images)
         terms_table({"can": can} | ablations)
+    if recipes := read(args.log_dir / "recipes", RECIPES):
+        accuracy_table(recipes)
+        terms_table(recipes)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
