@@ -304,9 +304,9 @@ def fit_grid(task: Task) -> None:
     task.model.head = heads = GridHeads(task.model.embed_dim, classes).to(device)
     settings = {"lr": args.lr, "momentum": 0.9, "weight_decay": args.weight_decay}
     optimizer = torch.optim.SGD(heads.parameters(), fused=True, **settings)
-    for p in heads.parameters():  # which torch would not make if the first step is left out
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     run.resume(task.model, optimizer=optimizer, scaler=precision.scaler)
+    for p in heads.parameters():  # which torch leaves unfilled if the first step is skipped
+        optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
     loader = train_loader(rest, args, device, num_workers=0)
     training = Training(heads, loader, optimizer, precision, args, run)
     describe_run(args, heads, precision, training.steps)

@@ -179,7 +179,7 @@ def test_a_hangup_saves_and_stops_unless_it_is_ignored(ignored, command, tmp_pat
 
 def test_nan_before_any_save_says_that_there_is_none(flags, capsys):
     assert run_main(main_pretrain, *flags, "--lr", 1e30, "--warmup_epochs", 0) == 1
-    assert the_error(capsys.readouterr().err).endswith("; nothing has been saved yet")
+    assert the_error(capsys.readouterr().err).endswith("; this run has saved nothing yet")
 
 
 def test_nan_later_says_what_there_is(flags, capsys):

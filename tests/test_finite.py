@@ -123,7 +123,7 @@ def test_overflows_of_float16_are_normal_for_a_while():
     check = FiniteCheck(skips=0, scaled=True)
     infinite = {"loss": torch.tensor(1.0), GRADIENT: torch.tensor(math.inf)}
     for _ in range(OVERFLOWS):
-        assert check.step("here", infinite) == 1
+        assert check.step("here", infinite) == (1, 0)
         check.settle()
     check.step("there", infinite)
     with pytest.raises(UserError, match="gradient norm is inf at there"):
@@ -133,10 +133,10 @@ def test_overflows_of_float16_are_normal_for_a_while():
 def _check_on_two_ranks(rank: int) -> None:
     check = FiniteCheck(skips=1, scaled=False)
     values = {"loss": torch.tensor(1.0), GRADIENT: torch.tensor(1.0)}
-    assert check.step("first", values) == 0
+    assert check.step("first", values) == (0, 0)
     bad = values | {"loss": torch.tensor(math.inf if rank else 1.0)}
-    assert check.step("second", bad) == 1  # with gradients that are finite
-    assert check.step("third", bad) == 1
+    assert check.step("second", bad) == (1, 1)  # with gradients that are finite
+    assert check.step("third", bad) == (1, 1)
     with pytest.raises(UserError, match="loss is inf, gradient norm is 1 at third"):
         check.settle()
 

@@ -112,6 +112,12 @@ def test_epochs_shorter_than_the_interval_are_not_all_saved(interval, epochs, fl
     assert seen == epochs
 
 
+def test_what_cannot_be_copied_is_saved(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(util_run, "copy_file", lambda source, path: False)
+    assert run_main(main_pretrain, *flags, "--epochs", 1) == 0
+    assert state_of(tmp_path / "out", "0")["epoch"] == state_of(tmp_path / "out")["epoch"] == 0
+
+
 def test_copies_share_nothing(tmp_path):
     checkpoint.save({"model": {"a": torch.ones(3)}}, tmp_path / "a.pth")
     checkpoint.copy_file(tmp_path / "a.pth", tmp_path / "b.pth")
@@ -174,7 +180,7 @@ def test_what_nobody_asked_for_is_told_at_the_end(caplog):
 def _scores_of_a_rank(rank: int, folder: str) -> None:
     flags = ["--data_path", "digits", "--epochs", "9", "--output_dir", folder]
     run, saved = Run(finetune_parser().parse_args(flags)), []
-    assert run.last_saved() == "nothing has been saved yet"
+    assert run.last_saved() == "this run has saved nothing yet"
     run._save = lambda names, *_: saved.append(names)
     for epoch, scores in enumerate([(1, 1), (2, 1), (2, 3), (3, 3)]):
         run.save(epoch, float(scores[rank]))

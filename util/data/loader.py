@@ -225,7 +225,8 @@ def explain(error: Exception) -> str | None:
     limit = f"`ulimit -n` allows {files} open files"
     if text.startswith("Too many open files"):
         return f"too many open files for --num_workers and the rest of the run: {limit}"
-    if any(words in text for words in ("out of shared memory", "memory(shm)", "file </torch_")):
+    full = "file </torch_" in text and "No space left" in text
+    if full or "out of shared memory" in text or "shared memory(shm)" in text:
         return f"a loader process is out of shared memory: {_shared_memory()}"
     if re.match("DataLoader worker .*(exited|killed)", text):  # else a dataset's own error
         memory = "; is the machine's memory full?" if "signal: Killed" in text else ""

@@ -38,12 +38,17 @@ class Background:
             work: returns what went wrong.
         """
         self.wait()
+        thread = threading.Thread(target=self._work, args=(work,))
         _all.add(self)
         self._done.clear()
         try:
-            threading.Thread(target=self._work, args=(work,)).start()
+            thread.start()
         except RuntimeError:  # this process may start no more threads
             self._work(work)
+        except BaseException:
+            if thread.ident is None:  # nobody else will
+                self._done.set()
+            raise
 
     def _work(self, work: Callable[[], list[UserError]]) -> None:
         try:

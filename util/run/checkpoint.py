@@ -204,8 +204,9 @@ def _check_archive(path: Path) -> None:
 
 def _check_sizes(path: Path, state: Any) -> None:
     """Raises ValueError where tensors claim more than the archive holds; older torch reads on."""
-    if not zipfile.is_zipfile(path):
-        return
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return
     with zipfile.ZipFile(path) as archive:
         held = sum(part.file_size for part in archive.infolist() if "/data/" in part.filename)
     tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]

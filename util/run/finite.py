@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from util.distributed import is_main_process, mean_over_ranks, wait_for
+from util.distributed import is_main_process, mean_over_ranks, wait_for, watch_peers
 from util.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,17 +38,22 @@ class FiniteCheck:
         self._in_a_row = {True: 0, False: 0}
         self._pending: tuple[str, list[str], Tensor, torch.cuda.Event | None] | None = None
 
-    def step(self, place: str, values: dict[str, Tensor]) -> Tensor | None:
+    def step(
+        self, place: str, values: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Checks a step before its update, after the one before.
 
         Args:
             place: of the step, for messages.
-            values: scalars: this rank's losses, and as `GRADIENT` the gradient's norm.
+            values: scalars: this rank's losses, and last, as `GRADIENT`, the gradient's norm.
         Returns:
-            A scalar on the device: 1 if the update must be skipped, else 0. None: none may be.
+            Two scalars on the device: 1 if the update must be skipped, else 0; and 1 if what the
+            forward pass has measured is to be left out, too, which is fine where only float16's
+            gradients are infinite. None: no step may be skipped.
         Raises:
             UserError: as `settle`.
         """
+        watch_peers(next(iter(values.values())).device)
         self.settle()
         means = mean_over_ranks(torch.stack([value.float() for value in values.values()]))
         copy, copied = means.to("cpu", non_blocking=True), None
@@ -56,7 +61,10 @@ class FiniteCheck:
             copied = torch.cuda.Event()
             copied.record()
         self._pending = place, list(values), copy, copied
-        return (~means.isfinite().all()).float() if self.skips or self.scaled else None
+        if not (self.skips or self.scaled):
+            return None, None
+        bad = ~means.isfinite()
+        return bad.any().float(), (bad[:-1] if self.scaled else bad).any().float()
 
     def check_weights(self, place: str, model: nn.Module) -> None:
         """Checks a model after an update.

@@ -120,7 +120,7 @@ class Run:
         """What a run that ends now leaves; called by all ranks."""
         from_rank_zero(self._background.wait)
         saved = from_rank_zero(lambda: self._saved)
-        return f"{LAST} is of {saved}" if saved else "nothing has been saved yet"
+        return f"{LAST} is of {saved}" if saved else "this run has saved nothing yet"
 
     def resume(self, model: nn.Module, **states: Any) -> None:
         """Registers model and optimizer, and loads the checkpoint to resume, if any.
@@ -153,7 +153,7 @@ class Run:
         self.best = state.get("best", self.best)
         place = f"epoch {self.epoch}, step {self.step}"
         logger.info(f"resumed {path}: {place}")
-        if self.folder is not None and Path(path) == self.folder / LAST:
+        if self.folder is not None and Path(path).resolve() == (self.folder / LAST).resolve():
             self._saved = place
         given = {name: state[key] for name in self._given if (key := f"given_{name}") in state}
         before = state.get("args", {}) | {"lr": self._given["lr"]} | given

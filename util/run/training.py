@@ -154,13 +154,13 @@ class Training:
         step, scaler = self._step, self.precision.scaler
         scaler.unscale_(self.optimizer)
         grad_norm = self._clip()
-        skipped = self._finite.step(str(step), step.means | {GRADIENT: grad_norm})
+        skipped, lost = self._finite.step(str(step), step.means | {GRADIENT: grad_norm})
         self.optimizer.found_inf = skipped  # not by `scaler.step`, which knows only of gradients
         self.optimizer.step()
         for buffer, before in step.buffers:  # such as BatchNorm's, which may have become NaN
-            buffer.copy_(before.where(skipped > 0, buffer))
+            buffer.copy_(before.where(lost > 0, buffer))
         images = self.loader.batch_size * self.args.accum_iter
-        self._metrics.update(images, skipped, **step.means)
+        self._metrics.update(images, lost, **step.means)
         scaler.update()
         self.optimizer.zero_grad()
 
