@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from util.distributed import gather_rows, gloo_interface, wait_for, watch_peers
 from util.errors import STOP_SIGNALS
 from util.features import Features, encode, knn_accuracies
 from util.precision import Precision
+from util.run.finite import FiniteCheck
 from util.run.interrupt import Interrupts
 from util.run.launch import PEER_LOST, launch, nccl_words
 
@@ -126,10 +126,25 @@ def _lose_a_peer(rank: int, watched: Callable[[], None]) -> None:
     assert time.monotonic() - begin < 20
 
 
-@pytest.mark.parametrize("watched", [None, partial(watch_peers, torch.device("cuda"))])
+@pytest.mark.parametrize("watched", [None, watch_peers])
 def test_a_wait_for_the_device_ends_when_a_peer_does(watched):
     """Whether it is watched by the flags of each step, or because a step is waited for."""
     in_processes(_lose_a_peer, 2, watched)
+
+
+def _lose_a_peer_in_a_step(rank: int) -> None:
+    check = FiniteCheck(skips=0, scaled=False)
+    dist.barrier()
+    if rank == 1:
+        time.sleep(1)
+        os._exit(0)
+    check._pending = "here", ["loss"], torch.ones(1), Event(float("inf"))
+    with pytest.raises(RuntimeError, match=r"(?i)closed|reset"):
+        check.settle()
+
+
+def test_a_step_that_is_read_watches_for_its_peers():
+    in_processes(_lose_a_peer_in_a_step, 2)
 
 
 def test_a_wait_for_the_device_hears_signals(monkeypatch):

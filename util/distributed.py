@@ -102,9 +102,9 @@ def watch(work: dist.Work) -> None:
     _watched = work
 
 
-def watch_peers(device: torch.device) -> None:
+def watch_peers() -> None:
     """Lets `wait_for` notice from now on when another process ends; called by all ranks."""
-    if device.type == "cuda" and get_world_size() > 1:
+    if get_world_size() > 1:
         watch(dist.all_reduce(torch.zeros(1), group=_host_group, async_op=True))
 
 

@@ -19,6 +19,8 @@ from util.distributed import (
 __all__ = ["MetricLogger", "seed_all"]
 __all__ += ["get_rank", "get_world_size", "init_distributed_mode", "is_main_process"]
 
+SKIPPED = "skipped"  # the sum that counts steps which are left out of the means
+
 
 def seed_all(*position: int) -> None:
     """Seeds torch and numpy by a position in the run, such as (seed, epoch, batch, rank).
@@ -58,9 +60,6 @@ class _Tally:
         means["images_per_second"] = self.images * get_world_size() / self.seconds
         means["data_wait"] = self.wait / self.seconds
         return means
-
-
-SKIPPED = "skipped"  # the sum that counts steps which are left out of the means
 
 
 class MetricLogger:

@@ -174,10 +174,11 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return {"model": safetensors.torch.load_file(path)}
-        _check_archive(path)
+        held = _check_archive(path)
         with torch.serialization.safe_globals(ALLOWED):
             state = torch.load(path, map_location="cpu", weights_only=True)
-        _check_sizes(path, state)
+        if held is not None:
+            _check_sizes(state, held)
         return state
     except pickle.UnpicklingError as error:
         reason = str(error).replace("WeightsUnpickler error: ", "").strip().splitlines()
@@ -189,26 +190,27 @@ def _read(path: Path) -> Any:
         raise UserError(f"cannot read checkpoint {path}: {line}") from None
 
 
-def _check_archive(path: Path) -> None:
-    """Raises ValueError where a zip archive, as torch writes, is damaged; torch does not look."""
+def _check_archive(path: Path) -> int | None:
+    """The bytes that a zip archive, as torch writes, holds for tensors; None for another file.
+
+    Raises:
+        ValueError: it is damaged, for which torch does not look.
+    """
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":  # of an older torch
-            return
+            return None
     try:
-        damaged = zipfile.ZipFile(path).testzip()
+        with zipfile.ZipFile(path) as archive:
+            damaged, members = archive.testzip(), archive.infolist()
     except zipfile.BadZipFile:
         raise ValueError("it is cut short, or damaged") from None
     if damaged:
         raise ValueError(f"it is damaged: {damaged} does not have its checksum")
+    return sum(member.file_size for member in members if "/data/" in member.filename)
 
 
-def _check_sizes(path: Path, state: Any) -> None:
+def _check_sizes(state: Any, held: int) -> None:
     """Raises ValueError where tensors claim more than the archive holds; older torch reads on."""
-    with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":
-            return
-    with zipfile.ZipFile(path) as archive:
-        held = sum(part.file_size for part in archive.infolist() if "/data/" in part.filename)
     tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
     storages = [t.untyped_storage() for t in tensors if t.layout == torch.strided and not t.is_meta]
     claimed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -53,7 +53,6 @@ class FiniteCheck:
         Raises:
             UserError: as `settle`.
         """
-        watch_peers(next(iter(values.values())).device)
         self.settle()
         means = mean_over_ranks(torch.stack([value.float() for value in values.values()]))
         copy, copied = means.to("cpu", non_blocking=True), None
@@ -86,6 +85,7 @@ class FiniteCheck:
             return
         (place, names, means, copied), self._pending = self._pending, None
         if copied is not None:
+            watch_peers()
             wait_for(copied)
         if means.isfinite().all():
             self._in_a_row = {True: 0, False: 0}

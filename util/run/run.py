@@ -118,8 +118,7 @@ class Run:
 
     def last_saved(self) -> str:
         """What a run that ends now leaves; called by all ranks."""
-        from_rank_zero(self._background.wait)
-        saved = from_rank_zero(lambda: self._saved)
+        saved = from_rank_zero(lambda: self._background.wait() or self._saved)
         return f"{LAST} is of {saved}" if saved else "this run has saved nothing yet"
 
     def resume(self, model: nn.Module, **states: Any) -> None:
@@ -282,7 +281,8 @@ class Run:
                 if written is None or not copy_file(written, path):
                     save(state, path)
                 written = path
-                self._saved = place if name == LAST else self._saved
+                if name == LAST:
+                    self._saved = place
             except UserError as error:
                 failed.append(error)
         if self.args.keep_last and not failed:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from util.data.loader import DeviceLoader
-from util.distributed import get_rank, wait_for_device, watch_peers
+from util.distributed import get_rank, wait_for_device
 from util.lr_sched import adjust_learning_rate
 from util.misc import MetricLogger, seed_all
 from util.precision import Precision
@@ -179,9 +179,8 @@ class Training:
 
     def _check(self) -> None:
         """Raises UserError on all ranks if this state must not be saved."""
-        watch_peers(self.precision.device)
+        self._finite.settle()  # the step's collectives; the update after them needs no peer
         wait_for_device(self.precision.device)
-        self._finite.settle()
         self._finite.check_weights(str(self._step), self.model)
         self.loader.report_bad()
 
