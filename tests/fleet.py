@@ -303,14 +303,26 @@ def _processes() -> list[str]:
     return [name for name in os.listdir("/proc") if name.isdigit()]
 
 
+def _told(pid: str) -> str:
+    """What a process is, and does: for a complaint about it."""
+    with contextlib.suppress(OSError):
+        folder = Path("/proc", pid)
+        words = folder.joinpath("cmdline").read_text().replace("\0", " ")[-120:]
+        lines = folder.joinpath("status").read_text().splitlines()
+        kept = [line for line in lines if line.startswith(("State", "PPid", "Threads", "Sig"))]
+        return f"{pid}: ...{words}: {', '.join(kept)}, {folder.joinpath('wchan').read_text()}"
+    return f"{pid}: gone meanwhile"
+
+
 def wait_until_gone(chosen: Callable[[str], bool], timeout: float = GONE) -> None:
     """Waits until there is no such process; kills those that are left in the end, and complains."""
     end = time.monotonic() + timeout
     while left := [pid for pid in _processes() if chosen(pid)]:
         if time.monotonic() > end:
+            states = [_told(pid) for pid in left]
             for pid in left:
                 os.kill(int(pid), signal.SIGKILL)
-            raise AssertionError(f"still there after {timeout} s: {left}")
+            raise AssertionError(f"still there after {timeout} s: {states}")
         time.sleep(0.02)
 
 

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import log_of, run, run_main, state_of, the_error
+from conftest import ROOT, log_of, run, run_main, state_of, the_error
 from torch.utils.data import DataLoader
 
 import main_pretrain
@@ -199,3 +200,34 @@ def test_numbers_of_numpy_s_do_not_hinder_a_finetuning(flags, photos, tmp_path, 
     words += ["--epochs", 1, "--finetune", tmp_path / "x.pth"]
     status, _, err = forks.run("main_finetune", *words, cwd=tmp_path)
     assert status == 0, err
+
+
+ENDS = """
+import atexit, signal, sys, threading, time
+from util.errors import Stopped, UserError
+from util.run import launch
+
+class Late:  # what Python would take apart in the end
+    def __del__(self):
+        print("taken apart")
+
+late, launch.is_script = Late(), lambda: True
+atexit.register(print, "called")
+threading.Thread(target=lambda: time.sleep(0.3) or print("joined")).start()
+def main(args):
+    print("ran")
+    {act}
+launch.launch(main, None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("act", "status"),
+    [("pass", 0), ("raise Stopped(signal.SIGTERM)", 143), ("raise KeyboardInterrupt", 130),
+     ("raise UserError('no')", 1)],
+)  # fmt: skip
+def test_a_script_ends_without_taking_python_apart(act, status):
+    """Its threads are joined, what is to be called is called, and what it printed arrives."""
+    words = [sys.executable, "-c", ENDS.format(act=act)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "ran\njoined\ncalled\n"), done.stderr

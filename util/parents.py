@@ -87,3 +87,13 @@ def started_by(variable: str) -> int:
         while f"{variable}=" in Path(f"/proc/{pid}/environ").read_text(errors="replace"):
             pid = int(_stat(pid)[1])
     return pid
+
+
+def is_script() -> bool:
+    """Whether this process is one of our scripts; not a notebook, nor another's program."""
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    return main is not None and Path(main).resolve().is_relative_to(Path(__file__).parents[1])
+
+
+if is_script():  # from now on, by SIGTERM's default action; `launch` asks for the others
+    end_with_launcher()

@@ -20,6 +20,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ import torch
 import torchvision
 from common import ROOT, describe_machine
 from flops import forward_flops
-from sweeps import HELD_OUT, IMAGES, SHARES, SWEEPS, Run
+from sweeps import SHARES, SWEEPS, Run
 from torch.utils.data import DataLoader
 
 from model_vit import build_probe
@@ -71,7 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="such as 0-2")
     parser.add_argument("--images", type=positive, help="to train on; default: the sweep's")
     parser.add_argument("--test_images", type=positive, help="default: the sweep's")
-    parser.add_argument("--epochs", type=positive, default=20, help="CAN's")
+    parser.add_argument("--epochs", type=positive, help="CAN's; default: the sweep's")
     parser.add_argument("--batch_size", type=positive, default=256, help="over all processes")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
     parser.add_argument("--num_workers", type=number(int, 0), default=0, help="per run")
@@ -93,7 +94,7 @@ def prepare(args: argparse.Namespace) -> dict[str, str]:
                 if not file.exists():
                     file.parent.mkdir(parents=True, exist_ok=True)
                     data[index][0].save(file)
-    held_out, folders = args.what in HELD_OUT, {}
+    held_out, folders = SWEEPS[args.what].held_out, {}
     for share, part in SHARES.items():
         folders[share] = data_folder(args.work_dir, args.images, args.test_images, share, held_out)
         first = args.images if held_out else 0
@@ -140,14 +141,20 @@ def settings(run: Run, args: argparse.Namespace) -> dict[str, int | str]:
         "test_images": args.test_images,
         "batch_size": args.batch_size,
     }
-    return found | ({"held_out": True} if args.what in HELD_OUT else {})
+    return found | ({"held_out": True} if SWEEPS[args.what].held_out else {})
 
 
 class Launcher:
-    """Runs this project's scripts; `commands` are those that it ran."""
+    """Runs this project's scripts.
+
+    Attributes:
+        commands: those that it ran.
+        processor_seconds: that the last one took, with the processes it started.
+    """
 
     def __init__(self):
         self.commands: list[list[str]] = []
+        self.processor_seconds = 0.0
 
     def __call__(self, name: str, *flags: str, processes: int = 1) -> str:
         """What a script prints, whose flags may stand in several strings.
@@ -159,11 +166,18 @@ class Launcher:
         launcher = ranks if processes > 1 else []
         words = itertools.chain(*map(shlex.split, flags))
         self.commands.append([sys.executable, *launcher, str(ROOT / name), *words])
-        done = subprocess.run(self.commands[-1], capture_output=True, text=True)
-        if done.returncode:
-            output = (done.stdout + done.stderr)[-2000:]
-            raise RuntimeError(f"{shlex.join(self.commands[-1])}: {output}")
-        return done.stdout
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            process = subprocess.Popen(self.commands[-1], stdout=out, stderr=err)
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)  # it is collected
+            out.seek(0)
+            err.seek(0)
+            said, complaints = out.read(), err.read()
+        self.processor_seconds = used.ru_utime + used.ru_stime
+        if process.returncode:
+            end = (said + complaints)[-2000:]
+            raise RuntimeError(f"{shlex.join(self.commands[-1])}: {end}")
+        return said
 
 
 def epochs_log(folder: Path) -> list[dict]:
@@ -225,9 +239,16 @@ def train(run: Run, launch: Launcher, size: str, flags: str, folder: Path, data:
     if run.variant:
         words = ["benchmarks/study/variants.py", run.variant, words[1]]
         analyse += f" --variant {run.variant}"
+    log = folder / "log.txt"
+    before = len(epochs_log(folder)) if log.exists() else 0
     launch(*words, processes=run.processes)
-    analysis = json.loads(launch("benchmarks/study/analysis.py", analyse))
-    return {"analysis": analysis, "training": epochs_log(folder)}
+    epochs, seconds = epochs_log(folder), launch.processor_seconds
+    found = {"training": epochs}
+    if len(epochs) > before:  # of what was interrupted, the epochs that were left stand for all
+        share = (len(epochs) - before) / len(epochs)
+        found["processor_seconds"] = round(seconds / share)
+    found["analysis"] = json.loads(launch("benchmarks/study/analysis.py", analyse))
+    return found
 
 
 def probe(
@@ -274,14 +295,14 @@ def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str
 
 
 def main(args: argparse.Namespace) -> None:
-    images, test_images = IMAGES[args.what]
-    args.images, args.test_images = args.images or images, args.test_images or test_images
+    sweep = SWEEPS[args.what]
+    for name in ("images", "test_images", "epochs"):
+        setattr(args, name, getattr(args, name) or getattr(sweep, name))
     data = prepare(args)
-    runs = SWEEPS[args.what]
     wanted = [
         (run, seed)
         for seed in args.seeds
-        for run in runs
+        for run in sweep.runs
         if (not args.only or run.name in args.only) and not is_done(run, seed, args)
     ]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:

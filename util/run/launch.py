@@ -1,5 +1,6 @@
 """How a script ends: with status 0, with one line for the user, or on a signal."""
 
+import atexit
 import contextlib
 import functools
 import logging
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from util.data.loader import end_loaders, explain
 from util.distributed import get_rank, get_world_size
 from util.errors import STOP_SIGNALS, Stopped, UserError
-from util.parents import end_with_launcher
+from util.parents import end_with_launcher, is_script
 from util.run.background import finish_background
 from util.run.interrupt import restore_handlers
 from util.run.lock import release_locks
@@ -121,9 +122,30 @@ def launch(main: Callable[[Namespace], None], args: Namespace) -> None:
     except Stopped as stopped:  # also one that comes while an error is handled
         after = " after saving; --resume auto continues from here" if stopped.saved else ""
         logger.info(f"stopped by {stopped}{after}")
-        sys.exit(128 + stopped.signal)
+        _end(128 + stopped.signal)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _end(130)
+    except SystemExit as ended:  # `_fail`'s
+        _end(ended.code)
+    _end(0)
+
+
+def _end(status: int) -> None:
+    """Ends a script's process without taking Python apart, for which torch needs a second.
+
+    Whoever waits for the process, or has sent it another signal, need not wait for that. Threads
+    are joined, and what asked to be called at the end is called, as at the end of a process that
+    multiprocessing has forked.
+    """
+    if is_script():
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a closed console
+                stream.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 def _is_of_a_peer(error: Exception) -> bool:
