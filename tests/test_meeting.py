@@ -274,6 +274,20 @@ def test_a_process_of_a_shell_outlives_it(tmp_path):
     os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.parametrize(
+    ("main", "ours"),
+    [(ROOT / "main_pretrain.py", True), (ROOT / "util/embed.py", True), (None, False),
+     (ROOT / ".venv/lib/python3.12/site-packages/pytest/__main__.py", False)],
+)  # fmt: skip
+def test_a_script_is_told_from_other_programs(main, ours, monkeypatch):
+    """Its process ends by itself: pytest's, or a notebook's, would be gone in its midst."""
+    assert not parents.is_script()
+    monkeypatch.setitem(
+        sys.modules, "__main__", SimpleNamespace(**{"__file__": main} if main else {})
+    )
+    assert parents.is_script() == ours
+
+
 def test_start_times_tell_processes_apart():
     assert parents.start_time(os.getpid()) >= parents.start_time(os.getppid()) > 0
     assert parents.start_time(2**22 + 1) == 0

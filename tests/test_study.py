@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fill, python
+from conftest import ROOT, fill, python, run_main
 
+import main_pretrain
 import model_mae
 from model_mae import MaskedAutoencoderViT
 from util.args import pretrain_parser
 
 sys.path.insert(0, str(ROOT / "benchmarks/study"))
+import downstream
 import noise
 import study
 import sweeps
@@ -184,6 +186,37 @@ def test_the_documents_numbers_are_the_logs():
     found = json.loads((study.LOGS / "small.json").read_text())  # of that command, by seed
     values = [f"{found[seed]['test_acc1']:.1f}" for seed in "012"]
     assert f"| the recipe | {', '.join(values)} |" in readme
+
+
+@pytest.mark.slow
+def test_encoders_are_fine_tuned_and_transferred(photos, tmp_path, monkeypatch, capsys):
+    """With a tenth of the labels, and digits in two folds."""
+    monkeypatch.setattr(downstream, "FOLDS", 2)
+    monkeypatch.setattr(downstream, "SETS", {"digits": downstream.digits})
+    schedule = {"10": "--batch_size 4 --epochs 2 --warmup_epochs 0"}
+    monkeypatch.setattr(downstream, "SCHEDULE", schedule)
+    monkeypatch.setattr(downstream, "PROBE", f"{downstream.PROBE} --epochs 6")
+    train = tmp_path / "scale/can-3/train"
+    flags = ["--data_path", photos, "--model", "mae_vit_nano_patch4", "--input_size", "32"]
+    flags += ["--batch_size", "8", "--epochs", "1", "--warmup_epochs", "0", "--num_workers", "0"]
+    assert run_main(main_pretrain, *flags, "--output_dir", train) == 0
+    flags = ["--data_path", photos, "--work_dir", tmp_path, "--log_dir", tmp_path]
+    flags += ["--seeds", "3", "--images", "40", "--test_images", "8", "--only", "can", "mae"]
+    args = study.get_args_parser().parse_args([*map(str, flags), "--what", "scale"])
+    downstream.main(args)
+    shown = capsys.readouterr().out
+    assert "mae 3: has no checkpoint yet" in shown
+    (log,) = (tmp_path / "downstream").glob("*.json")
+    found = json.loads(log.read_text())
+    assert found["finetuned"]["10"] % 12.5 == 0  # all eight images, and not those watched alone
+    assert all(50 < value < 100 for value in found["transfer"]["digits"]["probe"])
+    assert all(50 < value < 100 for value in found["transfer"]["digits"]["knn"])
+    tables.downstream_table({"can": [found]})
+    assert "| can | 1 | " in capsys.readouterr().out
+    folds = [tmp_path / f"transfer/digits-{fold}" for fold in range(2)]
+    files = [{f.relative_to(p / "val") for f in (p / "val").rglob("*.png")} for p in folds]
+    assert len(files[0] | files[1]) == 1797
+    assert not files[0] & files[1]
 
 
 @pytest.mark.slow

@@ -92,7 +92,8 @@ def started_by(variable: str) -> int:
 def is_script() -> bool:
     """Whether this process is one of our scripts; not a notebook, nor another's program."""
     main = getattr(sys.modules["__main__"], "__file__", None)
-    return main is not None and Path(main).resolve().is_relative_to(Path(__file__).parents[1])
+    util = Path(__file__).resolve().parent
+    return main is not None and Path(main).resolve().parent in (util, util.parent)
 
 
 if is_script():  # from now on, by SIGTERM's default action; `launch` asks for the others

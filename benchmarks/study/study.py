@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -284,35 +285,52 @@ def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str
         encoder = f"--model vit_{args.size} {weights} {common}"
         record |= probe(run, launch, encoder, args.images, work, data)
 
-    record["commands"] = [shlex.join(["python", *command[1:]]) for command in launch.commands]
     record["data"], record["seconds"] = Path(args.data_path).name, round(time.time() - begin)
+    write_log(log, record, launch)
+    return f"{run.name} {seed}: {record['seconds']} s"
+
+
+def write_log(log: Path, record: dict, launch: Launcher) -> None:
+    record["commands"] = [shlex.join(["python", *command[1:]]) for command in launch.commands]
     record["machine"] = describe_machine(DEVICE)
     log.parent.mkdir(parents=True, exist_ok=True)
     temporary = log.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1).replace(str(ROOT) + os.sep, "") + "\n")
     temporary.replace(log)
-    return f"{run.name} {seed}: {record['seconds']} s"
 
 
-def main(args: argparse.Namespace) -> None:
-    sweep = SWEEPS[args.what]
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags, with the sweep's settings where none were given."""
     for name in ("images", "test_images", "epochs"):
-        setattr(args, name, getattr(args, name) or getattr(sweep, name))
-    data = prepare(args)
+        setattr(args, name, getattr(args, name) or getattr(SWEEPS[args.what], name))
+    return args
+
+
+def work_off(args: argparse.Namespace, done: Callable, act: Callable[[Run, int], str]) -> None:
+    """Acts on every run and seed that the flags ask for and that is not done, `--jobs` at a time.
+
+    Raises:
+        SystemExit: in the end, if one has failed.
+    """
     wanted = [
         (run, seed)
         for seed in args.seeds
-        for run in sweep.runs
-        if (not args.only or run.name in args.only) and not is_done(run, seed, args)
+        for run in SWEEPS[args.what].runs
+        if (not args.only or run.name in args.only) and not done(run, seed, args)
     ]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        started = [pool.submit(carry_out, run, seed, args, data) for run, seed in wanted]
+        started = [pool.submit(act, run, seed) for run, seed in wanted]
         failed = False
-        for done in concurrent.futures.as_completed(started):
-            failed |= done.exception() is not None
-            print(done.exception() or done.result(), flush=True)
+        for future in concurrent.futures.as_completed(started):
+            failed |= future.exception() is not None
+            print(future.exception() or future.result(), flush=True)
     if failed:
         sys.exit("study.py: error: some runs failed, as shown above; the others have their logs")
+
+
+def main(args: argparse.Namespace) -> None:
+    data = prepare(complete(args))
+    work_off(args, is_done, lambda run, seed: carry_out(run, seed, args, data))
 
 
 if __name__ == "__main__":

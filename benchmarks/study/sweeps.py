@@ -109,6 +109,18 @@ SCALE = [
     Run("can-paper-no-noise", f"{PAPER} --no_noise_loss --weight_mae 0.67 --blr 4e-3"),
     Run("random", None),
 ]
+# Whether noise pays where it can be learnt: five times the default's, for three times as long as in
+# METHODS. Without it reconstruction weighs what it does beside it.
+STRONG = "--norm_pix_loss --std 0.25"
+NOISE = [
+    Run("normalised", f"{STRONG} --noise_target normalised"),
+    Run("none", "--norm_pix_loss --no_noise_loss --weight_mae 0.679"),
+    Run("level-hidden", f"{STRONG} --noise_target normalised", variant="level=none"),
+    Run("raw", STRONG),
+    Run("augmentation", f"{STRONG} --weight_mae 0.679 --weight_noise 0"),
+    Run("normalised-std-0.05", "--norm_pix_loss --noise_target normalised"),
+    Run("raw-std-0.05", "--norm_pix_loss"),
+]
 
 
 class Sweep(NamedTuple):
@@ -134,4 +146,5 @@ SWEEPS = {
     "ablations": Sweep(ABLATIONS, 10_000, 5_000, 20),
     "recipes": Sweep(RECIPES, 9_000, 1_000, 20, held_out=True),
     "scale": Sweep(SCALE, 50_000, 10_000, 40),
+    "noise": Sweep(NOISE, 10_000, 5_000, 60),
 }

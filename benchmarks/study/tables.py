@@ -23,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 from study import LOGS, POOLS
-from sweeps import ABLATIONS, METHODS, RECIPES, Run
+from sweeps import ABLATIONS, METHODS, NOISE, RECIPES, SCALE, Run
 
 TERMS = ("reconstruction", "noise", "contrastive")
 MAIN_READOUTS = ("probe cls-100", "probe pooled-100", "kNN cls", "kNN pooled")
+KINDS = ("probe", "knn")  # of what is read out of frozen features of other images
 Logs = dict[str, list[dict]]  # of all seeds, by a run's name
 
 
@@ -87,12 +88,14 @@ def markdown(header: list[str], rows: list[list[str]]) -> None:
 def accuracy_table(logs: Logs) -> None:
     found = {name: accuracies(records) for name, records in logs.items()}
     columns = list(dict.fromkeys(column for values in found.values() for column in values))
+    cost = ["processor h"] if any("processor_seconds" in r for (r, *_) in logs.values()) else []
     rows = []
     for name, records in logs.items():
         epochs = str(records[0]["epochs"]) if "training" in records[0] else ""
+        hours = [[r["processor_seconds"] / 3600 for r in records if "processor_seconds" in r]]
         cells = [written(found[name].get(column, [])) for column in columns]
-        rows.append([name, epochs, str(len(records)), *cells])
-    markdown(["run", "epochs", "seeds", *columns], rows)
+        rows.append([name, epochs, str(len(records)), *map(written, hours * len(cost)), *cells])
+    markdown(["run", "epochs", "seeds", *cost, *columns], rows)
 
 
 def terms_table(logs: Logs) -> None:
@@ -116,6 +119,44 @@ def terms_table(logs: Logs) -> None:
         if any(cells):
             rows.append([name, *cells])
     markdown(["run", *header], rows)
+
+
+def noise_ratios(record: dict) -> list[float]:
+    """The noise loss over its zero predictor's, mean over each epoch."""
+    return [e["train_noise"] / e["train_noise_zero"] for e in record["training"]]
+
+
+def noise_table(logs: Logs) -> None:
+    """How the prediction of noise fares with steps; below 1 it is better than predicting zero."""
+    rows = []
+    for name, records in logs.items():
+        if not last(records, "noise_zero") or not is_trained("noise", records):
+            continue
+        curve = np.mean([noise_ratios(record) for record in records], axis=0)
+        steps = records[0]["images"] // records[0]["batch_size"]  # of an epoch
+        below = next((epoch for epoch in range(len(curve)) if (curve[epoch:] < 1).all()), None)
+        places = [round(len(curve) * part / 6) for part in range(1, 7)]
+        cells = [f"{curve[place - 1]:.3f}" for place in places]
+        crossed = "never" if below is None else f"{(below + 1) * steps:,}"
+        rows.append([name, f"{len(curve) * steps:,}", *cells, crossed])
+    sixths = [f"{part}/6" for part in range(1, 7)]
+    markdown(["noise / its zero predictor", "steps", *sixths, "below 1 from step"], rows)
+
+
+def downstream_table(logs: Logs) -> None:
+    """Fine-tuned accuracy by share of the labels; on other images means over folds, and seeds."""
+    shares = dict.fromkeys(share for (r, *_) in logs.values() for share in r["finetuned"])
+    readouts = [(s, kind) for (r, *_) in logs.values() for s in r["transfer"] for kind in KINDS]
+    readouts = dict.fromkeys(readouts)
+    rows = []
+    for name, records in logs.items():
+        cells = [written([r["finetuned"][share] for r in records]) for share in shares]
+        for images, kind in readouts:
+            cells.append(written([np.mean(r["transfer"][images][kind]) for r in records]))
+        rows.append([name, str(len(records)), *cells])
+    header = [f"fine-tuned, {share} %" for share in shares]
+    header += [f"{images}, {kind}" for images, kind in readouts]
+    markdown(["run", "seeds", *header], rows)
 
 
 def seed_deviations(runs: list[list[dict]]) -> dict[str, float]:
@@ -193,6 +234,15 @@ def main(args: argparse.Namespace) -> None:
     if recipes := read(args.log_dir / "recipes", RECIPES):
         accuracy_table(recipes)
         terms_table(recipes)
+    scale = read(args.log_dir / "scale", SCALE)
+    noise = read(args.log_dir / "noise", NOISE)
+    for logs in (scale, noise):
+        if logs:
+            accuracy_table(logs)
+            terms_table(logs)
+            noise_table(logs)
+    if downstream := read(args.log_dir / "downstream", SCALE):
+        downstream_table(downstream)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -92,10 +92,24 @@ def launch(main: Callable[[Namespace], None], args: Namespace) -> None:
     """Runs a script to its end: exit status 0, or 1 after one line for the user.
 
     A process that fails ends at once, without waiting for the others; these notice and end too.
+    The process of a script ends here, without taking Python apart, for which torch needs a second:
+    who waits for it, or has sent it another signal, need not wait for that.
     """
+    end_with_launcher()
+    status = _status_of(main, args)  # by now what an exception held is free, such as files
+    if is_script():
+        threading._shutdown()  # joins threads; as multiprocessing ends a process that it has forked
+        with contextlib.suppress(Exception):  # which has been printed
+            atexit._run_exitfuncs()
+        _exit(status)
+    if status:
+        sys.exit(status)
+
+
+def _status_of(main: Callable[[Namespace], None], args: Namespace) -> int:
+    """The exit status of a script, and one line for the user if it is not 0."""
     global _launched
     _launched = True
-    end_with_launcher()
     try:
         try:
             main(args)
@@ -122,30 +136,12 @@ def launch(main: Callable[[Namespace], None], args: Namespace) -> None:
     except Stopped as stopped:  # also one that comes while an error is handled
         after = " after saving; --resume auto continues from here" if stopped.saved else ""
         logger.info(f"stopped by {stopped}{after}")
-        _end(128 + stopped.signal)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
-        _end(130)
+        return 130
     except SystemExit as ended:  # `_fail`'s
-        _end(ended.code)
-    _end(0)
-
-
-def _end(status: int) -> None:
-    """Ends a script's process without taking Python apart, for which torch needs a second.
-
-    Whoever waits for the process, or has sent it another signal, need not wait for that. Threads
-    are joined, and what asked to be called at the end is called, as at the end of a process that
-    multiprocessing has forked.
-    """
-    if is_script():
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # a closed console
-                stream.flush()
-        os._exit(status)
-    if status:
-        sys.exit(status)
+        return ended.code
+    return 0
 
 
 def _is_of_a_peer(error: Exception) -> bool:
@@ -199,6 +195,14 @@ def _leave() -> None:
     finish_background()
     release_locks()
     # Destroying the group would wait for the others; those waiting for us notice that we are gone.
+    _exit(1)
+
+
+def _exit(status: int) -> None:
+    """Ends this process here and now, with all that it has printed."""
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(1)
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError
+        ):  # closed; none from the start
+            stream.flush()
+    os._exit(status)
