@@ -29,6 +29,7 @@ from study import (
     data_folder,
     get_args_parser,
     link_images,
+    log_path,
     prepare,
     settings,
     work_off,
@@ -126,8 +127,8 @@ def carry_out(args: argparse.Namespace, data: dict, run: Run, seed: int) -> str:
     """Fine-tunes and transfers one encoder, and writes its log; returns a line about it."""
     begin, launch = time.time(), Launcher()
     weights = args.work_dir / "scale" / f"{run.name}-{seed}" / "train" / LAST
-    if run.flags is not None and not weights.exists():
-        return f"{run.name} {seed}: has no checkpoint yet"
+    if run.flags is not None and not (log_path(run, seed, args).exists() and weights.exists()):
+        return f"{run.name} {seed}: not pretrained yet, or its checkpoint is gone"
     encoder = "" if run.flags is None else f"--finetune {weights}"
     common = f"--model vit_{args.size} --input_size {SIDE} --seed {seed} --num_workers 0"
     common += " --precision bf16"
@@ -139,11 +140,11 @@ def carry_out(args: argparse.Namespace, data: dict, run: Run, seed: int) -> str:
         for name in SETS
     }
     record["seconds"] = round(time.time() - begin)
-    write_log(log_path(run, seed, args), record, launch)
+    write_log(own_log(run, seed, args), record, launch)
     return f"{run.name} {seed}: {record['seconds']} s"
 
 
-def log_path(run: Run, seed: int, args: argparse.Namespace) -> Path:
+def own_log(run: Run, seed: int, args: argparse.Namespace) -> Path:
     return args.log_dir / "downstream" / f"{run.name}-{seed}.json"
 
 
@@ -158,8 +159,7 @@ def main(args: argparse.Namespace) -> None:
     data["val"] = str(whole)
     for name in SETS:  # once, before several need them
         write_folds(name, args.work_dir)
-    done = lambda run, seed, args: log_path(run, seed, args).exists()  # noqa: E731
-    work_off(args, done, partial(carry_out, args, data))
+    work_off(args, lambda *run: own_log(*run).exists(), partial(carry_out, args, data))
 
 
 if __name__ == "__main__":

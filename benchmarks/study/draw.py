@@ -15,8 +15,8 @@ import torch
 from flops import forward_flops
 from sklearn.manifold import TSNE
 from study import SIDE, data_folder
-from sweeps import METHODS
-from tables import TERMS, Logs, accuracies, get_args_parser, is_trained, mean, read
+from sweeps import METHODS, SCALE
+from tables import TERMS, Logs, accuracies, get_args_parser, is_trained, mean, read, seed_deviations
 
 from model_mae import MaskedAutoencoderViT, model_from_checkpoint
 from util.args import number
@@ -63,6 +63,30 @@ def draw_accuracies(logs: Logs) -> None:
     cost.grid(alpha=0.3)
     cost.legend(fontsize=7, loc="lower right")
     save(figure, "accuracy.png")
+
+
+def draw_scale(logs: Logs, deviations: dict[str, float]) -> None:
+    """Probe accuracy against the processor time of pretraining.
+
+    Args:
+        deviations: between seeds, of other runs: few of these have several.
+    """
+    figure, axis = plt.subplots(figsize=(6.5, 4.2))
+    for name, records in logs.items():
+        if "processor_seconds" not in records[0]:
+            continue
+        column = "probe pooled-100"
+        error = deviations[column] / len(records) ** 0.5
+        hours = np.mean([r["processor_seconds"] / 3600 for r in records])
+        centre = np.mean(accuracies(records)[column])
+        axis.errorbar(hours, centre, error, fmt="o", capsize=4)
+        label = f"{name}, {records[0]['epochs']} epochs"
+        axis.annotate(label, (hours, centre), (8, 4), textcoords="offset points", fontsize=8)
+    axis.margins(x=0.25)
+    axis.set_xlabel("processor hours of pretraining")
+    axis.set_ylabel("linear probe on pooled features, top-1 (%)")
+    axis.grid(alpha=0.3)
+    save(figure, "scale.png")
 
 
 def style(name: str) -> tuple[str, str, str]:
@@ -153,6 +177,8 @@ def main(args: argparse.Namespace) -> None:
     methods = read(args.log_dir / "methods", METHODS)
     draw_accuracies(methods)
     draw_losses(methods)
+    if scale := read(args.log_dir / "scale", SCALE):
+        draw_scale(scale, seed_deviations(list(methods.values())))
     if args.work_dir:
         can = methods["can"][0]
         data = data_folder(args.work_dir, can["images"], can["test_images"])
