@@ -224,10 +224,22 @@ launch.launch(main, None)
 @pytest.mark.parametrize(
     ("act", "status"),
     [("pass", 0), ("raise Stopped(signal.SIGTERM)", 143), ("raise KeyboardInterrupt", 130),
-     ("raise UserError('no')", 1)],
+     ("raise UserError('no')", 1), ("sys.exit('no')", 1), ("sys.exit()", 0)],
 )  # fmt: skip
 def test_a_script_ends_without_taking_python_apart(act, status):
     """Its threads are joined, what is to be called is called, and what it printed arrives."""
     words = [sys.executable, "-c", ENDS.format(act=act)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (status, "ran\njoined\ncalled\n"), done.stderr
+    assert ("no" in done.stderr) == ("no" in act)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's always full disk")
+def test_what_could_not_be_printed_at_the_end_is_no_success():
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    words = [sys.executable, "-c", ENDS.format(act="pass")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            words, cwd=ROOT, env=env, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "output was lost: No space left on device\n")

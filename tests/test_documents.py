@@ -33,7 +33,8 @@ LENGTHS = {
     "docs/CODE.md": 50,
     "benchmarks/README.md": 120,
 }
-DOCUMENTS = {name: (ROOT / name).read_text() for name in (*LENGTHS, "benchmarks/study/RESULTS.md")}
+STUDY = ("benchmarks/study/RESULTS.md", "benchmarks/study/FIRST.md")
+DOCUMENTS = {name: (ROOT / name).read_text() for name in (*LENGTHS, *STUDY)}
 PARSERS = {
     "main_pretrain": pretrain_parser,
     "main_finetune": finetune_parser,
@@ -200,7 +201,9 @@ def commands() -> Iterator[tuple[str, str, str]]:
 def test_every_command_has_flags_that_its_script_takes(document, script, flags):
     flags = shlex.split(flags)
     if script.startswith("benchmarks/"):  # which `test_benchmarks` and `test_study` run
-        code = (ROOT / script).read_text() + (ROOT / "benchmarks/study/tables.py").read_text()
+        shared = ["benchmarks/study/tables.py"]  # whose flags draw.py takes, too
+        shared += ["benchmarks/study/study.py"] if script.endswith("downstream.py") else []
+        code = "".join((ROOT / name).read_text() for name in (script, *shared))
         known = re.findall(r'add_argument\(\s*"(--\w+)"', code)
         assert {flag for flag in flags if flag.startswith("--")} <= set(known)
     elif flags not in (["--help"], []):

@@ -1,6 +1,8 @@
 """How processes find each other, and nobody else's; and that none outlives its launcher."""
 
+import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
+import torch.distributed.run
 from conftest import ROOT, free_port, losses_of, run
 
 from util import meeting, parents
@@ -282,10 +286,23 @@ def test_a_process_of_a_shell_outlives_it(tmp_path):
 def test_a_script_is_told_from_other_programs(main, ours, monkeypatch):
     """Its process ends by itself: pytest's, or a notebook's, would be gone in its midst."""
     assert not parents.is_script()
-    monkeypatch.setitem(
-        sys.modules, "__main__", SimpleNamespace(**{"__file__": main} if main else {})
-    )
+    monkeypatch.setattr(parents, "_outermost", lambda: str(main or "<stdin>"))
     assert parents.is_script() == ours
+
+
+@pytest.mark.parametrize("way", [[], ["-m", "pdb", "-c", "continue"], ["-m", "cProfile"]])
+def test_debuggers_run_a_script_within_their_own_process(way, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; sys.path.append({str(ROOT)!r})\n"
+                      "from util import parents; print('of', parents._outermost())")  # fmt: skip
+    said = run(sys.executable, *way, script).stdout
+    assert "of /" in said
+    assert (f"of {script}\n" in said) == (not way), said
+
+
+def test_torchruns_own_name_is_known():
+    names = re.findall(r'_set_thread_name\("(.+?)"\)', inspect.getsource(torch.distributed.run))
+    assert all(name.startswith(parents.TORCHRUNS) for name in names)
 
 
 def test_start_times_tell_processes_apart():

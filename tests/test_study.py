@@ -117,7 +117,7 @@ def test_differences_are_marked_beyond_two_and_three_errors(change, shown, capsy
 
 def test_epochs_of_equal_flops():
     """At the study's size CAN's 20 epochs are MAE's 33 and SimCLR's 12, within 2 %."""
-    epochs = {run.name: study.equal_flops_epochs(run, 20, "nano_patch4") for run in sweeps.METHODS}
+    epochs = {run.name: study.epochs_of(run, 20, "nano_patch4") for run in sweeps.METHODS}
     assert epochs["can"] == epochs["mae"] == epochs["simclr"] == 20
     for name, objective in (("mae-equal-flops", "MAE"), ("simclr-equal-flops", "SimCLR")):
         can, other = (forward_flops("mae_vit_nano_patch4", o, 32) for o in ("CAN", objective))
@@ -161,7 +161,8 @@ def test_what_the_best_linear_prediction_of_noise_leaves():
 
 def test_results_are_the_tables_of_the_logs(capsys):
     tables.main(tables.get_args_parser().parse_args([]))
-    results = (ROOT / "benchmarks/study/RESULTS.md").read_text().splitlines()
+    documents = [ROOT / "benchmarks/study" / name for name in ("RESULTS.md", "FIRST.md")]
+    results = [line for path in documents for line in path.read_text().splitlines()]
     shown = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| ") for line in shown) >= 30
     assert [line for line in shown if line not in results] == []
@@ -203,7 +204,7 @@ def test_encoders_are_fine_tuned_and_transferred(photos, tmp_path, monkeypatch, 
     flags = ["--data_path", photos, "--work_dir", tmp_path, "--log_dir", tmp_path]
     flags += ["--seeds", "3", "--images", "40", "--test_images", "8", "--only", "can", "mae"]
     args = study.get_args_parser().parse_args([*map(str, flags), "--what", "scale"])
-    (tmp_path / "scale/can-3.json").write_text("{}")  # it has ended
+    study.log_path(sweeps.Run("can"), 3, args).write_text("{}")  # it has ended
     downstream.main(args)
     shown = capsys.readouterr().out
     assert "mae 3: not pretrained yet" in shown

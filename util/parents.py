@@ -15,7 +15,8 @@ PR_SET_PDEATHSIG = 1
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 LAUNCHERS += ("SUBMITIT_LOCAL_JOB_ID",)
 ORPHANAGES = ("systemd", "init", "tini", "dumb-init", "docker-init", "catatonit")  # adopt orphans
-TORCHRUNS = ("python", "torchrun", "accelerate")  # its own names, where a container starts it
+# Its own names, where a container starts it; the last is torch's, since 2.7.
+TORCHRUNS = ("python", "torchrun", "accelerate", "pt_elastic")
 
 _parent = os.getppid()
 
@@ -89,11 +90,20 @@ def started_by(variable: str) -> int:
     return pid
 
 
+def _outermost() -> str:
+    """The file whose code Python was started for, with or without `-m`."""
+    frame, files = sys._getframe(), []
+    while frame:
+        files.append(frame.f_code.co_filename)
+        frame = frame.f_back
+    return next(file for file in reversed(files) if not file.endswith(("runpy.py", "runpy>")))
+
+
 def is_script() -> bool:
-    """Whether this process is one of our scripts; not a notebook, nor another's program."""
-    main = getattr(sys.modules["__main__"], "__file__", None)
-    util = Path(__file__).resolve().parent
-    return main is not None and Path(main).resolve().parent in (util, util.parent)
+    """Whether this process is one of our scripts; not a notebook, nor within a debugger."""
+    util, file = Path(__file__).resolve().parent, Path(_outermost()).resolve()
+    ours = file.suffix == ".py" and file.parent in (util, util.parent)  # not "<string>"
+    return ours and not sys.flags.interactive
 
 
 if is_script():  # from now on, by SIGTERM's default action; `launch` asks for the others

@@ -8,7 +8,7 @@ LOGS/downstream/NAME-SEED.json. *random* is fine-tuned from random weights: supe
 the same steps.
 
 Other images, each in five folds of which every one is tested on once: a linear probe that chooses
-its own learning rate (`--blr auto`), and kNN, on frozen features.
+learning rate and pooling itself by training images (`--blr auto`), and kNN on pooled features.
 """
 
 import argparse
@@ -27,7 +27,9 @@ from study import (
     Launcher,
     complete,
     data_folder,
+    epochs_log,
     get_args_parser,
+    is_done,
     link_images,
     log_path,
     prepare,
@@ -39,6 +41,7 @@ from sweeps import SHARES, Run
 
 from util.run.checkpoint import LAST
 
+# One learning rate for all, as the first study's supervised training has it; not tuned.
 FINETUNE = "--blr 2e-3 --aa '' --reprob 0 --drop_path 0"
 # By share of the labels: 1,950, 760 and 500 steps.
 SCHEDULE = {
@@ -47,7 +50,7 @@ SCHEDULE = {
     "1": "--batch_size 100 --epochs 100 --warmup_epochs 10",
 }
 WATCHED = 100  # test images after each epoch; all of them in the end
-PROBE = "--blr auto --global_pool --cache_features --batch_size 100 --epochs 50 --warmup_epochs 5"
+PROBE = "--blr auto --cache_features --batch_size 100 --epochs 50 --warmup_epochs 5"
 FOLDS = 5
 
 
@@ -78,7 +81,8 @@ SETS: dict[str, Callable] = {"digits": digits, "mnist": mnist, "faces": faces}
 def write_folds(name: str, work_dir: Path) -> list[Path]:
     """Folders with train/ and val/; the i-th image of its class is tested on in fold i mod 5."""
     folders = [work_dir / "transfer" / f"{name}-{fold}" for fold in range(FOLDS)]
-    if folders[-1].exists():
+    mark = work_dir / "transfer" / f"{name}-is-whole"
+    if mark.exists():
         return folders
     images, labels = SETS[name]()
     for label in np.unique(labels):
@@ -88,6 +92,7 @@ def write_folds(name: str, work_dir: Path) -> list[Path]:
                 file = folder / split / str(label) / f"{index:04d}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.round().astype(np.uint8)).save(file)
+    mark.touch()
     return folders
 
 
@@ -101,7 +106,7 @@ def finetune(launch: Launcher, common: str, encoder: str, work: Path, data: dict
     found = {}
     for share, schedule in SCHEDULE.items():
         folder = work / f"finetune-{share}"
-        decay = 0.75 if encoder else 1  # as MAE's; random weights are as wrong everywhere
+        decay = 0.75 if encoder else 1  # as MAE's; none for random weights
         train = f"--data_path {data[share]} --output_dir {folder} --resume auto"
         launch("main_finetune.py", common, encoder, train, schedule, FINETUNE,
                f"--layer_decay {decay}")  # fmt: skip
@@ -116,8 +121,8 @@ def transfer(launch: Launcher, common: str, encoder: str, work: Path, folds: lis
     for folder in folds:
         data = f"--data_path {folder} --num_workers 0"
         out = f"--output_dir {work / folder.name} --resume auto"
-        said = launch("main_linprobe.py", common, encoder, data, out, PROBE)
-        found["probe"].append(percent("top-1", said))
+        launch("main_linprobe.py", common, encoder, data, out, PROBE)
+        found["probe"].append(epochs_log(work / folder.name)[-1]["test_acc1"])
         said = launch("main_linprobe.py", common, encoder, data, "--knn --global_pool")
         found["knn"].append(percent("kNN top-1", said))
     return found
@@ -159,11 +164,14 @@ def main(args: argparse.Namespace) -> None:
     data["val"] = str(whole)
     for name in SETS:  # once, before several need them
         write_folds(name, args.work_dir)
-    work_off(args, lambda *run: own_log(*run).exists(), partial(carry_out, args, data))
+    work_off(args, partial(is_done, own_log), partial(carry_out, args, data))
 
 
 if __name__ == "__main__":
     parser = get_args_parser()
     parser.description = __doc__.splitlines()[0]
     parser.set_defaults(what="scale")
-    main(parser.parse_args())
+    flags = parser.parse_args()
+    if flags.what != "scale":
+        parser.error(f"--what {flags.what}: only scale's encoders are taken")
+    main(flags)

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -125,10 +126,10 @@ def data_folder(
     return work_dir / f"{images}-{test_images}-{share}{'-held-out' * held_out}"
 
 
-def equal_flops_epochs(run: Run, epochs: int, size: str) -> int:
-    """Epochs in which a run's objective takes the forward FLOPs of `epochs` of CAN."""
+def epochs_of(run: Run, epochs: int, size: str) -> int:
+    """Of a run: those that take the forward FLOPs of `epochs` of CAN, or its share of `epochs`."""
     if run.flops is None:
-        return epochs
+        return round(run.length * epochs)
     can, other = (forward_flops(f"mae_vit_{size}", name, SIDE) for name in ("CAN", run.flops))
     return round(epochs * can / other)
 
@@ -137,7 +138,7 @@ def settings(run: Run, args: argparse.Namespace) -> dict[str, int | str]:
     """What else tells two runs of a name and seed apart."""
     found = {
         "size": args.size,
-        "epochs": equal_flops_epochs(run, args.epochs, args.size),
+        "epochs": epochs_of(run, args.epochs, args.size),
         "images": args.images,
         "test_images": args.test_images,
         "batch_size": args.batch_size,
@@ -208,26 +209,28 @@ def log_path(run: Run, seed: int, args: argparse.Namespace) -> Path:
     return args.log_dir / args.what / f"{run.name}-{seed}.json"
 
 
-def is_done(run: Run, seed: int, args: argparse.Namespace) -> bool:
-    """Whether the run has its log.
+def is_done(where: Callable, run: Run, seed: int, args: argparse.Namespace) -> bool:
+    """Whether the run has its log, `where(run, seed, args)`.
 
     Raises:
         SystemExit: it has one, of other settings.
     """
-    log = log_path(run, seed, args)
+    log = where(run, seed, args)
     if not log.exists():
         return False
     kept = json.loads(log.read_text())
     for name, value in settings(run, args).items():
         if kept.get(name) != value:
             sys.exit(
-                f"study.py: error: {log} has {name} {kept.get(name)}, not {value}: give another"
-                " --log_dir and --work_dir, or the settings it has"
+                f"{Path(sys.argv[0]).name}: error: {log} has {name} {kept.get(name)}, not {value}:"
+                " give another --log_dir and --work_dir, or the settings it has"
             )
     return True
 
 
-def train(run: Run, launch: Launcher, size: str, flags: str, folder: Path, data: str) -> dict:
+def train(
+    run: Run, launch: Launcher, size: str, images: int, flags: str, folder: Path, data: str
+) -> dict:
     """Trains in a folder; returns the log of its epochs, and of a pretraining the analysis."""
     flags = f"{flags} --data_path {data} --output_dir {folder} --resume auto"
     if run.supervised:
@@ -240,14 +243,13 @@ def train(run: Run, launch: Launcher, size: str, flags: str, folder: Path, data:
     if run.variant:
         words = ["benchmarks/study/variants.py", run.variant, words[1]]
         analyse += f" --variant {run.variant}"
-    log = folder / "log.txt"
-    before = len(epochs_log(folder)) if log.exists() else 0
+    before = load(folder / LAST) if (folder / LAST).exists() else {"epoch": -1}
     launch(*words, processes=run.processes)
-    epochs, seconds = epochs_log(folder), launch.processor_seconds
-    found = {"training": epochs}
-    if len(epochs) > before:  # of what was interrupted, the epochs that were left stand for all
-        share = (len(epochs) - before) / len(epochs)
-        found["processor_seconds"] = round(seconds / share)
+    found = {"training": epochs_log(folder)}
+    if (epochs := len(found["training"])) > before["epoch"] + 1:
+        # Of what was interrupted, the images that were left stand for all.
+        seen = before["epoch"] + 1 + before.get("images", 0) / images
+        found["processor_seconds"] = round(launch.processor_seconds * epochs / (epochs - seen))
     found["analysis"] = json.loads(launch("benchmarks/study/analysis.py", analyse))
     return found
 
@@ -279,7 +281,9 @@ def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str
     record = {"name": run.name, "seed": seed} | settings(run, args)
 
     length = f"--batch_size {args.batch_size // run.processes} --epochs {record['epochs']}"
-    record |= train(run, launch, args.size, f"{common} {length}", work / "train", data["100"])
+    record |= train(
+        run, launch, args.size, args.images, f"{common} {length}", work / "train", data["100"]
+    )
     if not run.supervised:
         weights = "" if run.flags is None else f"--finetune {work / 'train' / LAST}"
         encoder = f"--model vit_{args.size} {weights} {common}"
@@ -325,12 +329,13 @@ def work_off(args: argparse.Namespace, done: Callable, act: Callable[[Run, int],
             failed |= future.exception() is not None
             print(future.exception() or future.result(), flush=True)
     if failed:
-        sys.exit("study.py: error: some runs failed, as shown above; the others have their logs")
+        name = Path(sys.argv[0]).name
+        sys.exit(f"{name}: error: some runs failed, as shown above; the others have their logs")
 
 
 def main(args: argparse.Namespace) -> None:
     data = prepare(complete(args))
-    work_off(args, is_done, lambda run, seed: carry_out(run, seed, args, data))
+    work_off(args, partial(is_done, log_path), lambda run, seed: carry_out(run, seed, args, data))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,11 @@ Logs = dict[str, list[dict]]  # of all seeds, by a run's name
 
 def read(folder: Path, order: list[Run]) -> Logs:
     """In the order of the study's tables; without runs that have no log yet."""
-    logs = {run.name: sorted(folder.glob(f"{run.name}-[0-9]*.json")) for run in order}
+    logs = {run.name: [] for run in order}
+    for path in sorted(folder.glob("*.json")):
+        name, _, _seed = path.stem.rpartition("-")
+        if name in logs:
+            logs[name].append(path)
     return {
         name: [json.loads(path.read_text()) for path in paths]
         for name, paths in logs.items()
@@ -92,9 +96,11 @@ def accuracy_table(logs: Logs) -> None:
     rows = []
     for name, records in logs.items():
         epochs = str(records[0]["epochs"]) if "training" in records[0] else ""
-        hours = [[r["processor_seconds"] / 3600 for r in records if "processor_seconds" in r]]
         cells = [written(found[name].get(column, [])) for column in columns]
-        rows.append([name, epochs, str(len(records)), *map(written, hours * len(cost)), *cells])
+        if cost:
+            hours = [r["processor_seconds"] / 3600 for r in records if "processor_seconds" in r]
+            cells.insert(0, written(hours, 2))
+        rows.append([name, epochs, str(len(records)), *cells])
     markdown(["run", "epochs", "seeds", *cost, *columns], rows)
 
 
@@ -140,7 +146,7 @@ def noise_table(logs: Logs) -> None:
         crossed = "never" if below is None else f"{(below + 1) * steps:,}"
         rows.append([name, f"{len(curve) * steps:,}", *cells, crossed])
     sixths = [f"{part}/6" for part in range(1, 7)]
-    markdown(["noise / its zero predictor", "steps", *sixths, "below 1 from step"], rows)
+    markdown(["noise / its zero predictor", "steps", *sixths, "below 1 by step"], rows)
 
 
 def downstream_table(logs: Logs) -> None:

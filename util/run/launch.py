@@ -2,6 +2,8 @@
 
 import atexit
 import contextlib
+import ctypes
+import errno
 import functools
 import logging
 import os
@@ -36,6 +38,7 @@ _launched = False  # by `launch`, after which the process ends
 # Seconds for gloo's threads to drop the last tensors: until torch 2.7 or so, destroying the group
 # keeps Python's lock, which they need for that, and waits for them.
 SETTLE = 0.05
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RANK_ZERO_FIRST = 1.0  # seconds: most errors are met by all ranks, and one line is enough
 
 
@@ -98,8 +101,10 @@ def launch(main: Callable[[Namespace], None], args: Namespace) -> None:
     end_with_launcher()
     status = _status_of(main, args)  # by now what an exception held is free, such as files
     if is_script():
-        threading._shutdown()  # joins threads; as multiprocessing ends a process that it has forked
-        with contextlib.suppress(Exception):  # which has been printed
+        # As multiprocessing ends a process that it has forked. What fails has been printed; Ctrl-C
+        # does not undo a run that has ended.
+        with contextlib.suppress(Exception, KeyboardInterrupt):
+            threading._shutdown()  # joins threads
             atexit._run_exitfuncs()
         _exit(status)
     if status:
@@ -140,7 +145,10 @@ def _status_of(main: Callable[[Namespace], None], args: Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     except SystemExit as ended:  # `_fail`'s
-        return ended.code
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+            return 1
+        return ended.code or 0
     return 0
 
 
@@ -199,10 +207,17 @@ def _leave() -> None:
 
 
 def _exit(status: int) -> None:
-    """Ends this process here and now, with all that it has printed."""
+    """Ends this process here and now, with all that it has printed; 1 where a disk is full."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError
-        ):  # closed; none from the start
+        try:
             stream.flush()
+        except OSError as error:
+            if error.errno in FULL:
+                status = status or 1
+                with contextlib.suppress(OSError):
+                    print(f"output was lost: {error.strerror}", file=sys.stderr, flush=True)
+        except (ValueError, AttributeError):  # closed; none from the start
+            pass
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).fflush(None)  # what libraries have printed, as nccl
     os._exit(status)
