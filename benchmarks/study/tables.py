@@ -92,7 +92,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> None:
 def accuracy_table(logs: Logs) -> None:
     found = {name: accuracies(records) for name, records in logs.items()}
     columns = list(dict.fromkeys(column for values in found.values() for column in values))
-    cost = ["processor h"] if any("processor_seconds" in r for (r, *_) in logs.values()) else []
+    trained = [r for records in logs.values() for r in records if "training" in r]
+    cost = ["processor h"] if all("processor_seconds" in r for r in trained) else []
     rows = []
     for name, records in logs.items():
         epochs = str(records[0]["epochs"]) if "training" in records[0] else ""
