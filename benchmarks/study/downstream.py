@@ -12,7 +12,6 @@ learning rate and pooling itself by training images (`--blr auto`), and kNN on p
 """
 
 import argparse
-import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +31,7 @@ from study import (
     is_done,
     link_images,
     log_path,
+    percent,
     prepare,
     settings,
     work_off,
@@ -75,6 +75,7 @@ def faces() -> tuple[np.ndarray, np.ndarray]:
     return lfw_subset() * 255, np.repeat([0, 1], 100)
 
 
+own_log = partial(log_path, folder="downstream")
 SETS: dict[str, Callable] = {"digits": digits, "mnist": mnist, "faces": faces}
 
 
@@ -96,11 +97,6 @@ def write_folds(name: str, work_dir: Path) -> list[Path]:
     return folders
 
 
-def percent(before: str, output: str) -> float:
-    """The last number after these words."""
-    return float(re.findall(rf"{before} ([\d.]+)", output)[-1])
-
-
 def finetune(launch: Launcher, common: str, encoder: str, work: Path, data: dict) -> dict:
     """Accuracy on all test images, by share of the labels."""
     found = {}
@@ -119,7 +115,7 @@ def transfer(launch: Launcher, common: str, encoder: str, work: Path, folds: lis
     """Of each fold the accuracy of a probe and of kNN."""
     found = {"probe": [], "knn": []}
     for folder in folds:
-        data = f"--data_path {folder} --num_workers 0"
+        data = f"--data_path {folder}"
         out = f"--output_dir {work / folder.name} --resume auto"
         launch("main_linprobe.py", common, encoder, data, out, PROBE)
         found["probe"].append(epochs_log(work / folder.name)[-1]["test_acc1"])
@@ -135,8 +131,8 @@ def carry_out(args: argparse.Namespace, data: dict, run: Run, seed: int) -> str:
     if run.flags is not None and not (log_path(run, seed, args).exists() and weights.exists()):
         return f"{run.name} {seed}: not pretrained yet, or its checkpoint is gone"
     encoder = "" if run.flags is None else f"--finetune {weights}"
-    common = f"--model vit_{args.size} --input_size {SIDE} --seed {seed} --num_workers 0"
-    common += " --precision bf16"
+    common = f"--model vit_{args.size} --input_size {SIDE} --seed {seed} --precision bf16"
+    common += f" --num_workers {args.num_workers}"
     work = args.work_dir / "downstream" / f"{run.name}-{seed}"
     record = {"name": run.name, "seed": seed} | settings(run, args)
     record["finetuned"] = finetune(launch, common, encoder, work, data)
@@ -147,10 +143,6 @@ def carry_out(args: argparse.Namespace, data: dict, run: Run, seed: int) -> str:
     record["seconds"] = round(time.time() - begin)
     write_log(own_log(run, seed, args), record, launch)
     return f"{run.name} {seed}: {record['seconds']} s"
-
-
-def own_log(run: Run, seed: int, args: argparse.Namespace) -> Path:
-    return args.log_dir / "downstream" / f"{run.name}-{seed}.json"
 
 
 def main(args: argparse.Namespace) -> None:

@@ -205,8 +205,14 @@ def right_answers(probe: Path, data_path: str) -> str:
     return np.packbits(torch.cat(right)).tobytes().hex()
 
 
-def log_path(run: Run, seed: int, args: argparse.Namespace) -> Path:
-    return args.log_dir / args.what / f"{run.name}-{seed}.json"
+def log_path(run: Run, seed: int, args: argparse.Namespace, folder: str = "") -> Path:
+    """In the sweep's folder, or another."""
+    return args.log_dir / (folder or args.what) / f"{run.name}-{seed}.json"
+
+
+def percent(before: str, output: str) -> float:
+    """The last number after these words."""
+    return float(re.findall(rf"{before} ([\d.]+)", output)[-1])
 
 
 def is_done(where: Callable, run: Run, seed: int, args: argparse.Namespace) -> bool:
@@ -261,7 +267,7 @@ def probe(
     found = {"knn": {}, "probe": {}, "right": {}}
     for pool, flag in POOLS.items():
         output = launch("main_linprobe.py", encoder, flag, f"--data_path {data['100']} --knn")
-        found["knn"][pool] = float(re.search(r"kNN top-1 ([\d.]+)", output)[1])
+        found["knn"][pool] = percent("kNN top-1", output)
         for share in run.shares:
             folder = work / f"probe-{pool}-{share}"
             batch = min(PROBE_BATCH[share], int(SHARES[share] * images))
