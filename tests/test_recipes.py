@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import main_linprobe
 import main_pretrain
-from engine_pretrain import total_loss
+from engine_pretrain import describe_objective, total_loss
 from loss_contrastive import GlobalBatchNorm, projection_head
 from model_mae import MaskedAutoencoderViT, model_from_checkpoint
 from util.args import pretrain_parser
@@ -209,7 +209,7 @@ def test_a_run_of_the_paper_s_recipe_from_start_to_probe(photos_run, tmp_path, c
     flags = [*photos_run, *NANO, "--recipe", "paper", "--epochs", 2, "--warmup_epochs", 1]
     assert run_main(main_pretrain, *flags) == 0
     out = capsys.readouterr().out
-    assert "recipe paper: norm_pix_loss True, noise_target normalised, " in out
+    assert "recipe paper: norm_pix_loss on, noise_target normalised, weight_noise 0.3093, " in out
     assert "objective: CAN = 0.67 reconstruction + 0.3 noise + 0.03 contrastive" in out
     assert 0.8 < log_of(tmp_path / "out")[0]["train_noise_zero"] < 1.1
     state = state_of(tmp_path / "out")
@@ -234,8 +234,46 @@ def test_checkpoints_older_than_recipes_are_the_release_s(photos_run, tmp_path, 
     checkpoint.save(state, tmp_path / "out" / checkpoint.LAST)
     again = [*flags, "--epochs", 2, "--resume", "auto"]
     assert run_main(main_pretrain, *again) == 0
+    capsys.readouterr()
+    path = tmp_path / "out" / checkpoint.LAST  # told, where it may differ
+    other = [*flags, "--output_dir", "", "--epochs", 3, "--resume", path]
+    assert run_main(main_pretrain, *other, "--jitter_strength", 1) == 0
+    assert "changed: --jitter_strength was 0.5, is 1.0" in capsys.readouterr().out
     assert run_main(main_pretrain, *again, "--epochs", 3, "--recipe", "paper") == 1
     assert "of another experiment" in the_error(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        ("--recipe paper", {}),
+        (
+            "--recipe paper --projection_layers 1 --projection_dim 64",
+            {"projection_dim": "--projection_layers is 1"},
+        ),
+        (
+            "--weight_simclr 0 --pool cls --std 0.1 --noise_target normalised",
+            {
+                "pool": "nothing is contrasted",
+                "std": "no noise is added",
+                "noise_target": "no noise is predicted",
+            },
+        ),
+        ("--weight_mae 0 --norm_pix_loss", {"norm_pix_loss": "nothing is reconstructed"}),
+        ("--augment weak --blur_prob 0 --crop_scale 0.5 1", {"blur_prob": "--augment is weak"}),
+        ("--augment none --crop_scale 0.5 1", {"crop_scale": "--augment is none"}),
+    ],
+)
+def test_what_does_nothing_is_said(flags, idle, caplog):
+    args = parse(*flags.split())
+    model = small_mae(contrastive=args.weight_simclr > 0, reconstruct=args.weight_mae > 0)
+    with caplog.at_level("INFO"):
+        describe_objective(args, model)
+    said = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    expected = [f"warning: --{name} does nothing here: {why}" for name, why in idle.items()]
+    assert sorted(said) == sorted(expected)
+    (recipe,) = (r.message for r in caplog.records if r.message.startswith("recipe "))
+    assert not any(f" {name} " in recipe for name in idle)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import main_pretrain
 from model_mae import MaskedAutoencoderViT
+from util import precision
 
 FLAGS = [*TINY, "--model", "mae_vit_nano_patch4", "--batch_size", 4, "--accum_iter", 2]
 
@@ -35,6 +36,19 @@ def test_accumulation_evaluation_and_preview_share_one_compiled_graph(
     flags = [*FLAGS, "--data_path", photos, *objective, "--epochs", 2, "--eval_freq", 1]
     assert run_main(main_pretrain, *flags, "--output_dir", tmp_path, "--compile") == 0
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_model_of_several_buckets_recomputes_activations(photos, monkeypatch):
+    """torch 2.6 cannot split checkpointed blocks with a GPU's attention among DDP's buckets."""
+    monkeypatch.setattr(precision, "choose_attention", lambda dtype: None)
+    compile_whole = partialmethod(nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(MaskedAutoencoderViT, "compile", compile_whole)
+    torch._dynamo.reset()
+    flags = [*TINY, "--data_path", photos, "--model", "mae_vit_tiny_patch16", "--batch_size", 4]
+    flags += ["--input_size", 32, "--output_dir", "", "--epochs", 1, "--warmup_epochs", 0]
+    flags += ["--compile", "--grad_checkpointing"]
+    assert run_main(main_pretrain, *flags) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

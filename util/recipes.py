@@ -90,8 +90,7 @@ def recipe_flags() -> argparse.ArgumentParser:
     add("--mask_token_width", choices=("decoder", "encoder"), help="width of the mask token")
     add("--pool", choices=("all", "patches", "cls"), help="tokens whose mean is contrasted")
     add("--projection_layers", type=number(int, 1, 8, "[]"), help="linear layers before contrast")
-    add("--projection_dim", type=number(int, 1, 2**16),
-        help="their hidden width; the release's is the encoder's")
+    add("--projection_dim", type=number(int, 1, 2**16), help="their hidden width")
     add("--projection_norm", choices=("none", "batch"),
         help="BatchNorm in the hidden layers, over the batches of all processes")
     add("--temperature", type=ABOVE_0, help="temperature of the contrastive loss")
@@ -99,8 +98,23 @@ def recipe_flags() -> argparse.ArgumentParser:
         help="range of a crop's share of the image's area")
     add("--jitter_strength", type=number(float, 0, 2.5, "[]"),
         help="strength of colour jitter; 1 is SimCLR's")
+    for action in parser._actions:
+        if action.dest in RECIPES["release"] and action.const is not False:
+            values = ", ".join(f"{name}: {shown(r[action.dest])}" for name, r in RECIPES.items())
+            action.help += f" ({values})"
     return parser
 # fmt: on
+
+
+def shown(value: object) -> str:
+    """A flag's value, as the command line or a person writes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return " ".join(map(shown, value))
+    if value is None:
+        return "the encoder's width"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def resolve_recipe(args: argparse.Namespace) -> None:
@@ -115,3 +129,24 @@ def resolve_recipe(args: argparse.Namespace) -> None:
     low, high = args.crop_scale
     if low > high:
         raise ValueError(f"--crop_scale {low} {high}: the first is larger")
+
+
+def idle_flags(args: argparse.Namespace) -> dict[str, str]:
+    """The flags of views and objective that change nothing in a run, with the reason."""
+    why = {}
+    if not args.weight_simclr:
+        names = "pool projection_layers projection_dim projection_norm temperature local_negatives"
+        why |= dict.fromkeys(names.split(), "nothing is contrasted")
+    elif args.projection_layers == 1:
+        why |= dict.fromkeys(("projection_dim", "projection_norm"), "--projection_layers is 1")
+    if not args.weight_mae:
+        why |= dict.fromkeys(("norm_pix_loss", "mask_token_width"), "nothing is reconstructed")
+    if not (args.weight_mae and args.noise_loss):
+        names = ("noise_target", "weight_noise", "noise_level_tokens")
+        why |= dict.fromkeys(names, "no noise is predicted")
+    if not args.noise_loss:
+        why["std"] = "no noise is added"
+    if args.augment != "ssl":
+        names = ("jitter_strength", "blur_prob", *["crop_scale"] * (args.augment == "none"))
+        why |= dict.fromkeys(names, f"--augment is {args.augment}")
+    return why

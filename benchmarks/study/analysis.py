@@ -29,7 +29,7 @@ from util.datasets import open_dataset
 from util.misc import seed_all
 from util.run.checkpoint import load
 from util.run.launch import launch
-from util_contrastive import TwoCrops
+from util_contrastive import two_crops
 
 BATCH, BATCHES = 256, 4
 FEATURE_IMAGES = 7 * BATCH
@@ -72,10 +72,11 @@ def analyse(args: argparse.Namespace) -> dict:
     norms, cosines = defaultdict(list), defaultdict(list)
 
     images = open_dataset(args.data_path, train=True)
-    transform = TwoCrops(flags.input_size, blur_prob=flags.blur_prob)
+    transform = two_crops(flags)
     data = batches(SeededDataset(images, transform, flags.seed), flags.batch_size)
     for views, *_ in itertools.islice(data, BATCHES):
-        gradients = trunk_gradients(model, torch.cat(views), flags)
+        imgs = torch.cat(transform.finish(views, torch.device("cpu")))
+        gradients = trunk_gradients(model, imgs, flags)
         for name, gradient in gradients.items():
             norms[name].append(gradient.norm().item())
         for (one, a), (two, b) in itertools.combinations(gradients.items(), 2):

@@ -15,11 +15,12 @@ import torch
 from flops import forward_flops
 from sklearn.manifold import TSNE
 from study import SIDE, data_folder
-from sweeps import METHODS, SCALE
+from sweeps import ABLATIONS, METHODS, SCALE
 from tables import TERMS, Logs, accuracies, get_args_parser, is_trained, mean, read, seed_deviations
 
 from model_mae import MaskedAutoencoderViT, model_from_checkpoint
 from util.args import number
+from util.data.transforms import eval_transform
 from util.datasets import open_dataset
 from util.run.checkpoint import LAST, load
 from util.visualize import preview_images, reconstruction_grid
@@ -66,26 +67,26 @@ def draw_accuracies(logs: Logs) -> None:
 
 
 def draw_scale(logs: Logs, deviations: dict[str, float]) -> None:
-    """Probe accuracy against the processor time of pretraining.
+    """Accuracy of a linear probe and of kNN against the processor time of pretraining.
 
     Args:
         deviations: between seeds, of other runs: few of these have several.
     """
-    figure, axis = plt.subplots(figsize=(6.5, 4.2))
-    for name, records in logs.items():
-        if "processor_seconds" not in records[0]:
-            continue
-        column = "probe pooled-100"
-        error = deviations[column] / len(records) ** 0.5
-        hours = np.mean([r["processor_seconds"] / 3600 for r in records])
-        centre = np.mean(accuracies(records)[column])
-        axis.errorbar(hours, centre, error, fmt="o", capsize=4)
-        label = f"{name}, {records[0]['epochs']} epochs"
-        axis.annotate(label, (hours, centre), (8, 4), textcoords="offset points", fontsize=8)
-    axis.margins(x=0.25)
-    axis.set_xlabel("processor hours of pretraining")
-    axis.set_ylabel("linear probe on pooled features, top-1 (%)")
-    axis.grid(alpha=0.3)
+    logs = {name: records for name, records in logs.items() if "training" in records[0]}
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    for axis, readout in zip(axes, ("probe pooled-100", "kNN pooled"), strict=True):
+        for name, records in logs.items():
+            hours = np.mean([r["processor_seconds"] / 3600 for r in records])
+            error = deviations[readout] / len(records) ** 0.5
+            label = f"{name}, {records[0]['epochs']} epochs"
+            centre = np.mean(accuracies(records)[readout])
+            marker = {"s": "s", "c": "o", "m": "^"}[name[0]]  # SimCLR, CAN, MAE
+            axis.errorbar(hours, centre, error, fmt=marker, capsize=4, label=label)
+        axis.set_title({"p": "linear probe", "k": "kNN"}[readout[0]] + " on pooled features")
+        axis.set_xlabel("processor hours of pretraining")
+        axis.set_ylabel("top-1 (%)")
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, "scale.png")
 
 
@@ -128,7 +129,7 @@ def draw_reconstructions(checkpoint: Path, data: Path) -> None:
     """Clean, masked, reconstructed rows at each of `LEVELS`, from no noise to the most."""
     state = load(checkpoint)
     model = model_from_checkpoint(state, checkpoint)
-    imgs = preview_images(open_dataset(str(data), train=False), 8, SIDE)
+    imgs = preview_images(open_dataset(str(data), train=False), 8, eval_transform(SIDE))
     grids = []
     for level in LEVELS:
 
@@ -140,9 +141,9 @@ def draw_reconstructions(checkpoint: Path, data: Path) -> None:
         grids.append(reconstruction_grid(model, imgs, state["args"]["mask_ratio"]))
     figure, axes = plt.subplots(len(grids), 1, figsize=(6, 2.4 * len(grids)))
     for axis, grid, level in zip(axes, grids, LEVELS, strict=True):
-        axis.imshow(grid.permute(1, 2, 0))
+        axis.imshow(grid)
         axis.set_title(f"noise of deviation {level * model.std:g}", fontsize=9)
-        height = grid.shape[1] / 3
+        height = grid.height / 3
         axis.set_yticks([height / 2 + height * i for i in range(3)], ROWS, fontsize=8)
         axis.set_xticks([])
     save(figure, "reconstructions.png")
@@ -154,7 +155,7 @@ def draw_features(checkpoints: dict[str, Path], data: Path) -> None:
     count = min(FEATURE_IMAGES, len(images))
     chosen = np.linspace(0, len(images) - 1, count).astype(int)
     labels = np.array(images.targets)[chosen]
-    imgs = preview_images(images, count, SIDE)
+    imgs = preview_images(images, count, eval_transform(SIDE))
     figure, axes = plt.subplots(1, len(checkpoints), figsize=(4 * len(checkpoints), 4))
     for axis, (name, path) in zip(axes, checkpoints.items(), strict=True):
         with torch.no_grad():
@@ -178,7 +179,8 @@ def main(args: argparse.Namespace) -> None:
     draw_accuracies(methods)
     draw_losses(methods)
     if scale := read(args.log_dir / "scale", SCALE):
-        draw_scale(scale, seed_deviations(list(methods.values())))
+        ablations = read(args.log_dir / "ablations", ABLATIONS)
+        draw_scale(scale, seed_deviations([*methods.values(), *ablations.values()]))
     if args.work_dir:
         can = methods["can"][0]
         data = data_folder(args.work_dir, can["images"], can["test_images"])

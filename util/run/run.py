@@ -22,7 +22,7 @@ from util.errors import Stopped, UserError
 from util.lr_sched import global_batch, scale_learning_rate
 from util.misc import MetricLogger
 from util.run.background import Background, HostCopy
-from util.run.changes import check_experiment, check_same_classes, tell_changes
+from util.run.changes import OLD, check_experiment, check_same_classes, tell_changes
 from util.run.checkpoint import BEST, LAST, NUMBERED, copy_file, load, save
 from util.run.folder import claim_folder, open_folder
 from util.run.interrupt import Interrupts
@@ -155,7 +155,8 @@ class Run:
         if self.folder is not None and Path(path).resolve() == (self.folder / LAST).resolve():
             self._saved = place
         given = {name: state[key] for name in self._given if (key := f"given_{name}") in state}
-        before = state.get("args", {}) | {"lr": self._given["lr"]} | given
+        before = (OLD if "args" in state else {}) | state.get("args", {})
+        before |= {"lr": self._given["lr"]} | given
         tell_changes(before, vars(self.args) | self._given)
         if self.epoch >= (epochs := self.args.epochs):
             logger.info(f"all {epochs} epochs are done; a larger --epochs trains longer")

@@ -86,6 +86,9 @@ class Training:
         run.begin(loader, self._metrics, self.steps)
         self.log = RunLog(args, run, self.steps)
         if args.compile:
+            if getattr(args, "grad_checkpointing", False) and torch.__version__ < "2.14":
+                # 2.6 fails to split checkpointed blocks with a GPU's attention among DDP's buckets.
+                torch._dynamo.config.optimize_ddp = False
             model.compile()
         # Not static_graph: it saves no time here, and torch's does not work with no_sync.
         self.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
