@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from study import LOGS, POOLS
-from sweeps import ABLATIONS, METHODS, NOISE, RECIPES, SCALE, Run
+from sweeps import ABLATIONS, METHODS, NOISE, RECIPES, SCALE, SMALL, Run
 
 TERMS = ("reconstruction", "noise", "contrastive")
 MAIN_READOUTS = ("probe cls-100", "probe pooled-100", "kNN cls", "kNN pooled")
@@ -243,6 +243,8 @@ def main(args: argparse.Namespace) -> None:
         terms_table(recipes)
     scale = read(args.log_dir / "scale", SCALE)
     noise = read(args.log_dir / "noise", NOISE)
+    if small := read(args.log_dir / "small", SMALL):
+        accuracy_table(small)
     for logs in (scale, noise):
         if logs:
             accuracy_table(logs)
