@@ -9,7 +9,7 @@ from model_mae import MODELS, mae_vit_tiny_patch4
 from model_vit import build_probe, vit_tiny_patch4
 from util import export
 from util.args import linprobe_parser
-from util.run.checkpoint import save
+from util.run.checkpoint import load_published, save
 from util.weights import load_encoder
 
 
@@ -150,6 +150,41 @@ def test_timm_opens_the_folder_by_itself(kind, tmp_path):
     assert (list(config["mean"]), list(config["std"])) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert (tuple(config["input_size"]), config["crop_pct"]) == ((3, 16, 16), 0.875)
     assert config["interpolation"] == "bicubic"
+
+
+@pytest.mark.parametrize("flags", [[], ["--format", "transformers"], None])
+def test_what_was_exported_is_read_again_with_its_images(flags, tmp_path):
+    """A grid of 4 x 16 has as many patches as one of 8 x 8, which others' weights would have."""
+    torch.manual_seed(0)
+    model = mae_vit_tiny_patch4(img_size=(16, 64))
+    torch.nn.init.normal_(model.pos_embed)
+    args = {"input_size": [16, 64], "in_chans": 3, "resize": "pad"}
+    args |= {"pixel_mean": [0.1, 0.2, 0.3], "pixel_std": [0.4, 0.5, 0.6]}
+    if flags is None:
+        save({"model": model.state_dict(), "args": args, "epoch": 0}, tmp_path / "c.pth")
+        source = tmp_path / "vit.safetensors"
+        assert run_main(export, "--checkpoint", tmp_path / "c.pth", "--out", source) == 0
+    else:
+        source = folder_of({"model": model.state_dict(), "args": args}, tmp_path, *flags)
+    found = load_published(source)
+    args.pop("resize") if flags else None  # ViTImageProcessor has none
+    assert args.items() <= found["args"].items()
+    ours = vit_tiny_patch4(img_size=(16, 64), num_classes=0)
+    load_encoder(ours, found["model"], source, found["args"])
+    torch.testing.assert_close(ours.pos_embed, model.pos_embed, rtol=0, atol=0)
+
+
+def test_a_slash_at_the_end_of_a_folder_s_name(tmp_path):
+    save({"model": mae_vit_tiny_patch4(img_size=16).state_dict(), "epoch": 0}, tmp_path / "c.pth")
+    out = f"{tmp_path}/vit/"
+    assert run_main(export, "--checkpoint", tmp_path / "c.pth", "--out", out) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"c.pth", "vit"}
+
+
+def test_what_transformers_is_not_given_is_said(tmp_path, capsys):
+    state = {"model": vit_tiny_patch4(img_size=16, num_classes=3).state_dict()}
+    folder_of(state, tmp_path, "--format", "transformers")
+    assert "; its classifier is left out; its processor squashes" in capsys.readouterr().out
 
 
 def test_transformers_opens_an_encoder(tmp_path):

@@ -164,7 +164,8 @@ def test_a_start_takes_what_fits_and_says_it(caplog):
     expected = first.repeat(1, 2, 1, 1)[:, :5] * (3 / 5)  # timm's
     torch.testing.assert_close(model.patch_embed.proj.weight, expected)
     assert model.pos_embed.shape == (1, 37, 192)
-    assert "150 tensors of x; not used: nothing; new: pos_embed, resized to 6 x 6" in caplog.text
+    words = "150 tensors of x; not used: nothing; new: pos_embed, resized from 14 x 14 to 6 x 6"
+    assert words in caplog.text
     assert "adapted from 3 channels to 5, decoder, projection head, noise cond" in caplog.text
 
 

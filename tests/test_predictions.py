@@ -182,7 +182,7 @@ def test_of_images_that_look_alike_weights_decide(data, tmp_path):
 
 def test_another_input_size_resizes_positions(data, trained, capsys):
     assert weigh(data, trained, "--input_size", 16) == 0
-    assert "pos_embed, resized to 4 x 4 patches" in capsys.readouterr().out
+    assert "pos_embed, resized from 2 x 2 to 4 x 4 patches" in capsys.readouterr().out
 
 
 def test_finetuned_weights_predict_too(data, tmp_path):

@@ -19,15 +19,17 @@ from torch import Tensor, nn
 
 from util.args import Parser
 from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
+from util.data.survey import PIXEL_FLAGS
 from util.encoders import timm_arguments
 from util.errors import UserError
 from util.layouts import to_hugging_face
-from util.run.checkpoint import load_published
+from util.run.checkpoint import FLAGS, load_published
 from util.run.launch import launch
 from util.sizes import SIZES, image_size, size_of
 from util.weights import check_same, encoder_part
 
 ONNX_LIMIT = 2**31 - 2**20  # bytes of weights
+KEPT_FLAGS = ("input_size", "resize", *PIXEL_FLAGS)  # what a .safetensors file tells of images
 NORM_EPS, PROBE_EPS = 1e-6, 1e-6  # of the encoder's norms, and of the probe's BatchNorm
 
 
@@ -43,6 +45,7 @@ def get_args_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    args.out = str(Path(args.out))  # without a slash at the end
     kind = Path(args.out).suffix
     as_file = kind in FILES
     if kind in (".pth", ".pt", ".bin", ".ckpt"):
@@ -90,7 +93,10 @@ def checked_encoder(
 def write_file(path: Path, out: str, state: dict[str, Any], source: str) -> str:
     """The encoder alone; returns how to load it."""
     weights, arguments, _ = checked_encoder(state, source)
-    safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, path)
+    flags = state.get("args", {})
+    kept = {name: flags[name] for name in KEPT_FLAGS if flags.get(name) is not None}
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    safetensors.torch.save_file(tensors, path, {"format": "pt", FLAGS: json.dumps(kept)})
     words = [repr(arguments.pop("model_name"))] + [f"{k}={v!r}" for k, v in arguments.items()]
     call = f"timm.create_model({', '.join(words)}, checkpoint_path={out!r})"
     return f"{len(weights)} tensors; load with {call}"
@@ -217,7 +223,12 @@ def write_transformers(path: Path, out: str, state: dict[str, Any], source: str)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
     name = config["architectures"][0]
-    return f"{len(tensors)} tensors; load with transformers.{name}.from_pretrained({out!r})"
+    words = f"{len(tensors)} tensors; load with transformers.{name}.from_pretrained({out!r})"
+    if classifier(state["model"]):
+        words += "; its classifier is left out"
+    if flags.get("resize") != "squash":  # which is all that ViTImageProcessor does
+        words += "; its processor squashes images where evaluation here cuts or pads them"
+    return words
 
 
 def is_plain_mae(weights: dict[str, Tensor], flags: dict[str, Any]) -> bool:

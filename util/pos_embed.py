@@ -6,7 +6,8 @@ Shapes: D channels, H x W grid of patches, L = H * W.
 import math
 
 import numpy as np
-from timm.layers import resample_abs_pos_embed
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -59,6 +60,8 @@ def interpolate_pos_embed(
     if positions.shape == model.pos_embed.shape and old_grid == new_grid:
         return
     if side > 0 and 1 + math.prod(old_grid) == positions.shape[1]:
-        checkpoint_model["pos_embed"] = resample_abs_pos_embed(
-            positions, new_grid, old_grid, antialias=False
-        )
+        # timm's 1.0.26 has a function for it that keeps what has as many patches in another shape.
+        patches = positions[:, 1:].float().unflatten(1, old_grid).permute(0, 3, 1, 2)
+        patches = F.interpolate(patches, new_grid, mode="bicubic", align_corners=False)
+        patches = patches.flatten(2).transpose(1, 2).to(positions.dtype)
+        checkpoint_model["pos_embed"] = torch.cat([positions[:, :1], patches], dim=1)

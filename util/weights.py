@@ -1,6 +1,7 @@
 """An encoder's weights: how they are initialised, and how they are loaded from a checkpoint."""
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,9 @@ def fit_input(
         grid = tuple(side // patch for side in image_size(encoder, source, flags))
     interpolate_pos_embed(model, encoder, grid)
     if encoder["pos_embed"] is not positions:
-        done.append("pos_embed, resized to {} x {} patches".format(*model.patch_embed.grid_size))
+        side = math.isqrt(positions.shape[1] - 1)
+        old, new = grid or (side, side), model.patch_embed.grid_size
+        done.append("pos_embed, resized from {} x {} to {} x {} patches".format(*old, *new))
     found, wanted = patches.shape[1], model.patch_embed.proj.in_channels
     if found == 3 != wanted:
         encoder["patch_embed.proj.weight"] = adapt_input_conv(wanted, patches)

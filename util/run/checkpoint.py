@@ -45,6 +45,9 @@ ALLOWED += [
     for value, name in ((np.float64(0), "scalar"), (np.zeros(0), "_reconstruct"))
     for core in ("_core", "core")
 ]
+FLAGS = (
+    "can_flags"  # the name, in a .safetensors file's metadata, of what images it is for, in JSON
+)
 HUGGING_FACE_FILES = ("pytorch_model.bin", "model.safetensors")  # in a model's folder
 BLOCK = 2**24  # bytes copied at once
 DOWNLOAD_TIMEOUT = 60.0  # seconds without data
@@ -141,7 +144,7 @@ def load_published(source: str | Path) -> dict[str, Any]:
 
 
 def _beside(folder: Path) -> dict[str, Any]:
-    """What Hugging Face's files beside the weights tell: how pixels are normalised.
+    """What timm's and Hugging Face's files beside weights tell of images, as flags of ours.
 
     Raises:
         UserError: the model has another number of heads than ours of its width, or another kind.
@@ -155,8 +158,24 @@ def _beside(folder: Path) -> dict[str, Any]:
     ours = {size.embed_dim: size.num_heads for size in SIZES.values()}
     if heads and ours.get(width, heads) != heads:
         raise UserError(f"{folder}: {heads} heads for width {width}, where ours have {ours[width]}")
-    names = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
-    return {ours: settings[theirs] for ours, theirs in names.items() if settings.get(theirs)}
+    settings |= settings.get("pretrained_cfg") or {}  # timm's
+    channels, *sides = settings.get("input_size") or (None,)
+    mode = {"squash": "squash", "border": "pad", "center": "crop"}.get(settings.get("crop_mode"))
+    flags = {
+        "input_size": sides or settings.get("image_size"),
+        "in_chans": channels or settings.get("num_channels"),
+        "pixel_mean": settings.get("mean") or settings.get("image_mean"),
+        "pixel_std": settings.get("std") or settings.get("image_std"),
+        "resize": mode,
+    }
+    return {name: value for name, value in flags.items() if value}
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """The flags that `util.export` writes into a .safetensors file, as "args", if there are any."""
+    with safetensors.safe_open(path, "pt") as file:
+        flags = (file.metadata() or {}).get(FLAGS)
+    return {"args": json.loads(flags)} if flags else {}
 
 
 def _read(path: Path) -> Any:
@@ -173,7 +192,7 @@ def _read(path: Path) -> Any:
         raise UserError(f"cannot read checkpoint {path}: it is empty")
     try:
         if path.suffix == ".safetensors":
-            return {"model": safetensors.torch.load_file(path)}
+            return {"model": safetensors.torch.load_file(path)} | _metadata(path)
         held = _check_archive(path)
         with torch.serialization.safe_globals(ALLOWED):
             state = torch.load(path, map_location="cpu", weights_only=True)
