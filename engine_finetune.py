@@ -22,6 +22,7 @@ from util.datasets import check_classes, held_out, open_dataset, open_labelled
 from util.distributed import (
     broadcast_buffers,
     from_rank_zero,
+    get_world_size,
     init_distributed_mode,
     max_over_ranks,
     sum_over_ranks,
@@ -76,12 +77,14 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
     log_to_console()
     run = Run(args)
     weighs_up = args.eval or args.predict  # trained weights, without more training
-    source = args.resume if weighs_up else args.finetune
+    # What is resumed has an encoder: the one it started from may be gone.
+    source = args.resume if weighs_up else run.source if run.resumed else args.finetune
     state = (load if weighs_up else load_published)(source) if source else {}
     if weighs_up:
         state = settle_grid(state)
         args.global_pool = state.get("args", {}).get("global_pool", args.global_pool)
-    inherit_pixels(args, state.get("args", {}), source)
+    if not run.resumed:  # which has done it
+        inherit_pixels(args, state.get("args", {}), source)
     train, val, run.classes = from_rank_zero(lambda: open_images(args, state))
     run.data = settle_pixels(args, train=train, val=val)
     val_data = SeededDataset(val, eval_transform_of(args), args.seed)
@@ -125,6 +128,12 @@ def open_images(
         train, val, _ = open_labelled(
             args.data_path, args.nb_classes, args.val_fraction, args.output_dir, args.labels
         )
+        before = state.get("args", {}).get("val_fraction", args.val_fraction)
+        if args.eval and before < args.val_fraction:
+            logger.warning(
+                f"warning: --val_fraction {args.val_fraction}: {args.resume} was trained on some "
+                f"of these images, with --val_fraction {before}"
+            )
     classes = classes_of(train or val)
     if args.eval and known:
         match_classes(val, known, classes, args.resume)
@@ -260,7 +269,8 @@ def report(task: Task) -> None:
         counts = tally(task.model, task.val_loader, task.precision, see=see)
         logger.info(summary(counts.scores()))
         if args.per_class:
-            from_rank_zero(lambda: counts.write(args.per_class, classes))
+            times = 1 if args.dist_eval else get_world_size()
+            from_rank_zero(lambda: counts.write(args.per_class, classes, times))
     if args.predictions:
         found.write(args.predictions)
     for path in filter(None, (args.predictions, args.per_class)):
@@ -302,8 +312,7 @@ def fit_grid(task: Task) -> None:
     if not held.any():
         raise UserError("--blr auto: classes of one image each leave none to choose by")
     task.model.head = heads = GridHeads(task.model.embed_dim, classes).to(device)
-    settings = {"lr": args.lr, "momentum": 0.9, "weight_decay": args.weight_decay}
-    optimizer = torch.optim.SGD(heads.parameters(), fused=True, **settings)
+    optimizer = torch.optim.SGD(heads.parameters(), args.lr, momentum=0.9, fused=True)
     run.resume(task.model, optimizer=optimizer, scaler=precision.scaler)
     for p in heads.parameters():  # which torch leaves unfilled if the first step is skipped
         optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
@@ -315,7 +324,7 @@ def fit_grid(task: Task) -> None:
         for batch in training.batches(epoch):
             inputs, labels = to_device(batch, device)
             logits = training.model(inputs)
-            training.backward({"loss": heads.loss(logits, labels, weights)})
+            training.backward({"loss": heads.loss(logits, labels, weights, args.weight_decay)})
         broadcast_buffers(heads)
         grid = heads.accuracies(chosen_by.features, chosen_by.labels)
         heads.chosen.fill_(grid.argmax())

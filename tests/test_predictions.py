@@ -89,15 +89,18 @@ def test_a_folder_without_labels_is_classified(data, trained, tmp_path):
         assert ours["class_1"] == theirs["class_1"]
 
 
-def test_two_processes_write_what_one_does(data, trained, tmp_path):
-    assert weigh(data, trained, "--predictions", tmp_path / "one.csv") == 0
-    words = ["--data_path", data, *TINY_VIT, "--eval", "--dist_eval", "--output_dir", ""]
+@pytest.mark.parametrize("share", [["--dist_eval"], []])
+def test_two_processes_write_what_one_does(share, data, trained, tmp_path):
+    files = ["--predictions", tmp_path / "one.csv", "--per_class", tmp_path / "d.csv"]
+    assert weigh(data, trained, *files) == 0
+    words = ["--data_path", data, *TINY_VIT, "--eval", *share, "--output_dir", ""]
     words += ["--resume", trained / "checkpoint-last.pth", "--predictions", tmp_path / "two.csv"]
     words += ["--per_class", tmp_path / "c.csv"]
     done = python("main_linprobe.py", *map(str, words), processes=2)
     assert done.returncode == 0, done.stderr
     one, two = table(tmp_path / "one.csv"), table(tmp_path / "two.csv")
     assert [list(row.values())[:3] for row in one] == [list(row.values())[:3] for row in two]
+    assert table(tmp_path / "c.csv") == table(tmp_path / "d.csv")
 
 
 def test_classes_go_by_their_names(data, trained, tmp_path, capsys):

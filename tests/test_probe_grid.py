@@ -19,7 +19,8 @@ FLAGS = ["--model", "vit_nano_patch4", "--input_size", 16, "--num_workers", 0, "
 FLAGS += ["--data_path", "digits", "--batch_size", 256, "--blr", "auto", "--warmup_epochs", 1]
 
 
-def test_each_head_trains_as_if_it_were_alone():
+@pytest.mark.parametrize("decay", [0.0, 0.2])
+def test_each_head_trains_as_if_it_were_alone(decay):
     torch.manual_seed(0)
     heads = GridHeads(width=6, classes=4)
     start = heads.weight.detach() * heads.scale[:, None, None]
@@ -28,14 +29,15 @@ def test_each_head_trains_as_if_it_were_alone():
     optimizer = torch.optim.SGD(heads.parameters(), lr=0.5, momentum=0.9)
     for some, answers in zip(features, labels, strict=True):
         optimizer.zero_grad()
-        heads.loss(heads(some), answers).backward()
+        heads.loss(heads(some), answers, decay=decay).backward()
         optimizer.step()
     for head in (0, 7, 12, 13, 20, 25):
         part = slice(6 * (head // 13), 6 * (head // 13) + 6)
         alone = torch.nn.Linear(6, 4)
         alone.weight.data, alone.bias.data = start[0].clone(), torch.zeros(4)
         norm = torch.nn.BatchNorm1d(6, affine=False, eps=1e-6)
-        optimizer = torch.optim.SGD(alone.parameters(), lr=0.5 * RATES[head % 13], momentum=0.9)
+        groups = [{"params": [alone.weight], "weight_decay": decay}, {"params": [alone.bias]}]
+        optimizer = torch.optim.SGD(groups, lr=0.5 * RATES[head % 13], momentum=0.9)
         for some, answers in zip(features, labels, strict=True):
             optimizer.zero_grad()
             F.cross_entropy(alone(norm(some[:, part])), answers).backward()

@@ -85,7 +85,10 @@ def main(args: argparse.Namespace) -> None:
     encoder = Encoder(state, args.checkpoint, args.input_size).to(device)
     args.input_size = encoder.vit.patch_embed.img_size
     inherit_pixels(args, state.get("args", {}), args.checkpoint)
-    args.in_chans = args.in_chans or encoder.vit.patch_embed.proj.in_channels
+    channels = encoder.vit.patch_embed.proj.in_channels
+    if args.in_chans not in (None, channels):
+        raise UserError(f"--in_chans {args.in_chans}: {args.checkpoint} takes {channels} channels")
+    args.in_chans = channels
     images = from_rank_zero(lambda: open_dataset(args.data_path, None, labels=args.labels))
     settle_pixels(args, images=images)
     temporary = f"{args.out}.tmp.npy"

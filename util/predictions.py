@@ -54,10 +54,14 @@ class Tally:
             found["acc5"] = 100 * self.top5 / total
         return found
 
-    def write(self, path: str, classes: list[str]) -> None:
-        """Each class's number of images and accuracy in percent, as a CSV."""
+    def write(self, path: str, classes: list[str], times: int) -> None:
+        """Each class's number of images and accuracy in percent, as a CSV.
+
+        Args:
+            times: that each image was counted, by processes that each saw all.
+        """
         rows = zip(classes, self.images.tolist(), self.hits.tolist(), strict=True)
-        shares = ([c, int(n), f"{100 * hits / n:.2f}" if n else ""] for c, n, hits in rows)
+        shares = ([c, int(n / times), f"{100 * hits / n:.2f}" if n else ""] for c, n, hits in rows)
         write_csv(path, ["class", "images", "accuracy"], shares)
 
 

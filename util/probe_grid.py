@@ -23,7 +23,7 @@ class GridHeads(nn.Module):
     """[N, 2 D] features, cls and pooled -> [G, N, K] logits.
 
     The learning rate of a head's weights W is that of the optimizer times the head's own r: it
-    trains V, where W = sqrt(r) V, by plain SGD.
+    trains V, where W = sqrt(r) V, by plain SGD, whose weight decay is `loss`'s.
 
     Attributes:
         chosen: the head that was best on held-out images; -1 before.
@@ -49,11 +49,20 @@ class GridHeads(nn.Module):
         logits = logits.unflatten(2, (-1, classes)).transpose(1, 2).flatten(0, 1)
         return logits + (self.bias * self.scale[:, None])[:, None]
 
-    def loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The sum of all heads' mean cross-entropies: each trains as if it were alone."""
+    def loss(
+        self, logits: Tensor, labels: Tensor, weights: Tensor | None = None, decay: float = 0.0
+    ) -> Tensor:
+        """The sum of all heads' mean cross-entropies: each trains as if it were alone.
+
+        Args:
+            decay: of all W, and of no bias; its gradient is V's, as if W had an optimizer's.
+        """
         repeated = labels.repeat(len(logits))
         losses = F.cross_entropy(logits.flatten(0, 1).float(), repeated, weights, reduction="none")
-        return losses.view(len(logits), -1).mean(dim=1).sum()
+        total = losses.view(len(logits), -1).mean(dim=1).sum()
+        if decay:
+            total = total + decay / 2 * (self.weight * self.scale[:, None, None]).square().sum()
+        return total
 
     @torch.no_grad()
     def accuracies(self, features: Tensor, labels: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def load_encoder(
     """Loads all of a downstream ViT except its `head`, and logs what was used and what was not.
 
     If the model has an `fc_norm` and the pretrained weights have none, it stays new and their
-    `norm` is dropped, as in MAE.
+    `norm` is dropped, as in MAE; and the other way round.
 
     Args:
         weights: `load_published`'s "model".
@@ -116,6 +116,8 @@ def load_encoder(
         for kind in ("weight", "bias"):
             del wanted[f"fc_norm.{kind}"], encoder[f"norm.{kind}"]
         unused["norm"] = 2
+    else:
+        new += _leave_pooled_norm(wanted, encoder, unused)
     new += fit_input(model, encoder, source, flags)
     check_same(wanted, encoder, source)
     model.load_state_dict(model.state_dict() | encoder)
@@ -135,10 +137,7 @@ def start_from(
     encoder, others = encoder_part(weights)
     own, unused, new = model.state_dict(), {}, []
     wanted, _ = encoder_part(own)
-    for kind in ("weight", "bias"):  # of a classifier that pools before its norm
-        if f"norm.{kind}" not in encoder and encoder.pop(f"fc_norm.{kind}", None) is not None:
-            unused["fc_norm"], new = 2, ["norm"]
-            del wanted[f"norm.{kind}"]
+    new += _leave_pooled_norm(wanted, encoder, unused)
     new += fit_input(model, encoder, source, flags)
     check_same(wanted, encoder, source)
     loaded = dict(encoder)
@@ -152,6 +151,18 @@ def start_from(
             unused |= {part: others[part]} if part in others else {}
     model.load_state_dict(own | loaded)
     _tell("start", len(loaded), source, unused, new)
+
+
+def _leave_pooled_norm(
+    wanted: dict[str, Tensor], encoder: dict[str, Tensor], unused: dict[str, int]
+) -> list[str]:
+    """Takes the norm of an encoder that pools before it out of all three, if the model has none."""
+    if "norm.weight" in encoder or "norm.weight" not in wanted or "fc_norm.weight" not in encoder:
+        return []
+    for kind in ("weight", "bias"):
+        del wanted[f"norm.{kind}"], encoder[f"fc_norm.{kind}"]
+    unused["fc_norm"] = 2
+    return ["norm"]
 
 
 def fit_input(

@@ -38,9 +38,10 @@ def claim_folder(args: argparse.Namespace) -> None:
         return
     folder = folders[0]
     if args.overwrite:
-        source = getattr(args, "finetune", "")
-        if source and _is_in(source, folder):
-            raise UserError(f"--overwrite would remove --finetune {source}")
+        for name in ("finetune", "init"):
+            source = getattr(args, name, "")
+            if source and _is_in(source, folder):
+                raise UserError(f"--overwrite would remove --{name} {source}")
         return
     # A run that ended within its first epoch leaves an empty log, and nothing to lose.
     log = folder / LOG

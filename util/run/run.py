@@ -55,7 +55,7 @@ class Run:
         data, classes: what was opened, in words, by split; the classifier's classes, in its order.
         folder: of the checkpoints; None for none.
         _model, _states; _loader, _metrics: what is saved, registered by `resume` and `begin`.
-        _resumed, _source: the checkpoint to resume, until all of it is loaded, and its path.
+        source, _resumed: the path of the checkpoint to resume; itself, until all of it is loaded.
         _interrupts, _given: stop requests and the clock; flags as they were given.
         _background, _copy: writes checkpoints while training goes on, from a copy of the state.
         _steps: of an epoch.
@@ -82,22 +82,22 @@ class Run:
         self._resumed: dict[str, Any] = {}
         weighs_up = vars(args).get("eval") or vars(args).get("predict")
         resume = "" if weighs_up else args.resume  # else they read it by themselves
-        self._source = self.folder / LAST if resume == "auto" else resume
-        if resume == "auto" and not from_rank_zero(lambda: os.path.exists(self._source)):
-            logger.info(f"no {self._source} yet: starting from the beginning")
+        self.source = self.folder / LAST if resume == "auto" else resume
+        if resume == "auto" and not from_rank_zero(lambda: os.path.exists(self.source)):
+            logger.info(f"no {self.source} yet: starting from the beginning")
         elif resume:
             try:
-                self._resumed = load(self._source)
+                self._resumed = load(self.source)
             except UserError as error:
                 raise UserError(f"{error}{self._others(resume)}") from None
             for name, least in LEAST.items():
                 value = self._resumed.get(name, least)
                 if not isinstance(value, int) or value < least:
-                    raise UserError(f"{self._source} is damaged: its {name} is {value!r}")
+                    raise UserError(f"{self.source} is damaged: its {name} is {value!r}")
             if resume == "auto":
-                check_experiment(self._resumed, args, self._source)
+                check_experiment(self._resumed, args, self.source)
         self.resumed = bool(self._resumed)
-        inherit_pixels(args, self._resumed.get("args", {}), self._source, resume == "auto")
+        inherit_pixels(args, self._resumed.get("args", {}), self.source, resume == "auto")
         resolve(args, self._resumed)
 
     def _others(self, resume: str) -> str:
@@ -131,7 +131,7 @@ class Run:
             UserError: the checkpoint is of another run.
         """
         self._model, self._states = model, states
-        state, path = self._resumed, self._source
+        state, path = self._resumed, self.source
         if not state:
             return
         if missing := {*states, "epoch"} - state.keys():
@@ -171,10 +171,10 @@ class Run:
         """
         self._loader, self._metrics, self._steps = loader, metrics, steps
         state, self._resumed = self._resumed, {}
-        check_same_classes(state.get("classes"), self.classes, self._source)
+        check_same_classes(state.get("classes"), self.classes, self.source)
         if self.step > steps:
             at = f"it is at step {self.step}, but an epoch has {steps}"
-            raise UserError(f"{self._source} cannot be resumed: {at}")
+            raise UserError(f"{self.source} cannot be resumed: {at}")
         position = self.epoch * steps + self.step
         self.offset = state.get("logged_steps", position) - position
         before = state.get("args", {}).get("data_path", self.args.data_path)
@@ -185,7 +185,7 @@ class Run:
             try:
                 metrics.load_state_dicts(state["metrics"], device)
             except MISFIT:
-                raise UserError(f"{self._source} is damaged: its metrics are malformed") from None
+                raise UserError(f"{self.source} is damaged: its metrics are malformed") from None
         from_rank_zero(lambda: open_folder(self.args, self.epoch))
 
     def after_step(self, check: Callable[[], Any]) -> None:
