@@ -8,10 +8,10 @@ from torch import Tensor
 
 from loss_contrastive import nt_xent
 from model_mae import MaskedAutoencoderViT
-from util.args import pretrain_parser
 from util.distributed import get_world_size, is_main_process
 from util.errors import UserError
-from util.recipes import RECIPES, idle_flags, shown
+from util.idle import idle_pretrain
+from util.recipes import RECIPES, shown
 from util.run.training import Training
 
 logger = logging.getLogger(__name__)
@@ -86,14 +86,9 @@ def describe_objective(args: Namespace, model: MaskedAutoencoderViT) -> None:
         f"{args.weight_mae * share:.4g} noise + {args.weight_simclr:.4g} contrastive, "
         f"mask ratio {args.mask_ratio}, {noise}, {kept} of {patches} patches kept"
     )
-    idle, recipe = idle_flags(args), RECIPES[args.recipe]
-    chosen = {name: getattr(args, name) for name in recipe if name not in idle}
-    listed = ", ".join(f"{name} {shown(value)}" for name, value in chosen.items())
-    logger.info(f"recipe {args.recipe}: {listed}")
-    for name, why in idle.items() if is_main_process() else ():
-        usual = recipe.get(name, pretrain_parser().get_default(name))
-        if getattr(args, name) != usual:
-            logger.warning(f"warning: --{name} does nothing here: {why}")
+    names = [name for name in RECIPES[args.recipe] if name not in idle_pretrain(args)]
+    chosen = ", ".join(f"{name} {shown(getattr(args, name))}" for name in names)
+    logger.info(f"recipe {args.recipe}: {chosen}")
     if model.contrastive:
         logger.info(f"contrast: {negatives} negatives per anchor")
         if args.accum_iter > 1 and is_main_process():

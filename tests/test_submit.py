@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import submitit
@@ -14,7 +15,8 @@ import torch
 from conftest import ROOT, TINY, the_error
 
 from util.args import finetune_parser, linprobe_parser, pretrain_parser
-from util.slurm import follow, submit
+from util.run import launch
+from util.slurm import follow, job, submit
 from util.slurm.flags import job_parser, seeds
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("submitit_*.py"))
@@ -135,6 +137,56 @@ def test_a_sweep_is_all_combinations(monkeypatch):
         "blr=2e-3 std=0.1 seed=4": (2e-3, 0.1, 4),
         "blr=2e-3 std=0.1 seed=5": (2e-3, 0.1, 5),
     }
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--set", "blr=0.1", "--set", "blr=0.2"], "--set blr: it is set twice"),
+        (["--array", "0-1", "--set", "seed=5"], "--set seed: it is set twice"),
+        (["--array", "0-1", "--log_dir", "logs"], "--log_dir logs: a sweep needs %j"),
+        (["--array", "0-1", "--output_dir", "out"], "--output_dir out: a sweep needs %j"),
+    ],
+)
+def test_sweeps_that_would_lose_a_setting_or_share_a_folder_are_refused(
+    flags, words, monkeypatch, capsys
+):
+    assert run_submit(monkeypatch, "--cluster", "local", *flags) == 2
+    assert words in the_error(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("parser", "flags", "old", "new", "resume", "overwrite"),
+    [
+        (pretrain_parser, [], False, False, "auto", False),  # `Run` starts anew
+        (pretrain_parser, ["--resume", "x"], False, False, "x", False),
+        (pretrain_parser, ["--resume", "x"], False, True, "auto", False),
+        (pretrain_parser, ["--overwrite"], True, False, "", True),  # it is still to be removed
+        (pretrain_parser, ["--overwrite"], False, False, "", True),
+        (pretrain_parser, ["--overwrite"], True, True, "auto", False),
+        (linprobe_parser, ["--eval", "--resume", "x"], True, True, "x", False),
+        (linprobe_parser, ["--knn"], True, True, "", False),
+    ],
+)
+def test_what_a_job_that_starts_again_resumes(
+    parser, flags, old, new, resume, overwrite, tmp_path, monkeypatch
+):
+    """With a checkpoint of a run before the job, or of its own."""
+    started = []
+    monkeypatch.setattr(launch, "launch", lambda main, args: started.append(args))
+    monkeypatch.setattr(job, "_join", lambda env: None)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    args = parser().parse_args(["--data_path", "x", "--output_dir", str(tmp_path), *flags])
+    last = tmp_path / "checkpoint-last.pth"
+    if old:
+        last.touch()
+        os.utime(last, (0, 0))
+    module = "main_pretrain" if parser is pretrain_parser else "main_linprobe"
+    again = job.Job(module, args, requeue_limit=3).checkpoint().function
+    if new:
+        os.utime(last, (again.submitted + 9,) * 2) if old else last.touch()
+    again._run(SimpleNamespace(job_id="7", USR_SIG="USR2"))
+    assert (started[0].resume, started[0].overwrite) == (resume, overwrite)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

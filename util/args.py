@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable
 
+from util.idle import idle_finetune, idle_linprobe, idle_pretrain
 from util.parser import (
     ABOVE_0,
     AMOUNT,
@@ -147,7 +148,8 @@ def supervised_flags() -> argparse.ArgumentParser:
 def pretrain_parser() -> Parser:
     """The flags of main_pretrain.py."""
     shared = [common_flags(), recipe_flags()]
-    parser = Parser(description="CAN pretraining", parents=shared, check=check_pretrain)
+    parser = Parser(description="CAN pretraining", parents=shared, check=check_pretrain,
+        idle=idle_pretrain)
     parser.set_defaults(epochs=400, weight_decay=0.05, blr=1e-3, min_lr=0.0, warmup_epochs=40)
 
     add = parser.add_argument_group("objective").add_argument
@@ -180,7 +182,8 @@ def pretrain_parser() -> Parser:
 def finetune_parser() -> Parser:
     """The flags of main_finetune.py."""
     shared = [common_flags(), supervised_flags()]
-    parser = Parser(description="Fine-tuning", parents=shared, check=check_finetune)
+    parser = Parser(description="Fine-tuning", parents=shared, check=check_finetune,
+        idle=idle_finetune)
     parser.set_defaults(epochs=50, weight_decay=0.05, blr=1e-3, min_lr=1e-6, warmup_epochs=5)
     parser.set_defaults(global_pool=True)
 
@@ -194,7 +197,7 @@ def finetune_parser() -> Parser:
     add("--smoothing", type=BELOW_1, default=0.1, help="label smoothing")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--color_jitter", type=AMOUNT, help="strength; used only with --aa ''; default: none")
+    add("--color_jitter", type=AMOUNT, help="strength; used with --aa '' and 3a; default: none")
     add("--aa", default="rand-m9-mstd0.5-inc1",
         help="timm's name of a RandAugment or AutoAugment policy; '' for none")
     add("--reprob", type=SHARE, default=0.25, help="probability of erasing a rectangle")
@@ -217,7 +220,8 @@ def finetune_parser() -> Parser:
 def linprobe_parser() -> Parser:
     """The flags of main_linprobe.py."""
     shared = [common_flags(), supervised_flags()]
-    parser = Parser(description="Linear probing, and kNN", parents=shared, check=check_linprobe)
+    parser = Parser(description="Linear probing, and kNN", parents=shared, check=check_linprobe,
+        idle=idle_linprobe)
     parser.set_defaults(batch_size=512, epochs=90, weight_decay=0.0, blr=0.1, min_lr=0.0)
     parser.set_defaults(warmup_epochs=10)
     (blr,) = (action for action in parser._actions if action.dest == "blr")
@@ -342,5 +346,5 @@ def check_linprobe(args: argparse.Namespace) -> None:
             raise ValueError("--blr auto chooses the learning rate: it takes no --lr")
     if args.knn and (args.eval or args.resume):
         raise ValueError("--knn trains nothing: it takes --finetune, not --eval or --resume")
-    if args.batch_size == 1:
+    if args.batch_size == 1 and not (args.knn or args.eval or args.predict):
         raise ValueError("--batch_size 1: the probe's BatchNorm needs two images or more")

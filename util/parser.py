@@ -22,20 +22,42 @@ class Parser(argparse.ArgumentParser):
     Args:
         check: called with the parsed namespace; fills in derived defaults, and raises ValueError
             with the line to show. The process then exits with status 2, as for any bad flag.
+        idle: which flags change nothing in the checked namespace, and why; those that were given
+            are named, once.
     """
 
-    def __init__(self, check: Callable[[argparse.Namespace], None] | None = None, **kwargs):
+    def __init__(
+        self,
+        check: Callable[[argparse.Namespace], None] | None = None,
+        idle: Callable[[argparse.Namespace], dict[str, str]] | None = None,
+        **kwargs,
+    ):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
-        self.check = check
+        self.check, self.idle, self._named = check, idle, set()
 
     def parse_args(self, args=None, namespace=None):
         parsed = super().parse_args(args, namespace)
+        given = {name: v for name, v in vars(parsed).items() if v != self.get_default(name)}
         if self.check is not None:
             try:
                 self.check(parsed)
             except ValueError as error:
                 self.error(str(error))
+        for name, why in self.idle(parsed).items() if self.idle else ():
+            if name in given:
+                self._warn(f"{self._option(name, given[name])} does nothing here: {why}")
         return parsed
+
+    def _option(self, name: str, value: object) -> str:
+        """What gives a flag this value, of several."""
+        found = [action for action in self._actions if action.dest == name]
+        exact = [action for action in found if action.nargs == 0 and action.const == value]
+        return (exact or found)[0].option_strings[0]
+
+    def _warn(self, words: str) -> None:
+        if words not in self._named and os.environ.get("RANK", "0") == "0":
+            print(f"{self.prog}: warning: {words}", file=sys.stderr)
+        self._named.add(words)
 
     def error(self, message: str):
         if os.environ.get("RANK", "0") == "0":  # all ranks parse the same flags

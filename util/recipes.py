@@ -129,24 +129,3 @@ def resolve_recipe(args: argparse.Namespace) -> None:
     low, high = args.crop_scale
     if low > high:
         raise ValueError(f"--crop_scale {low} {high}: the first is larger")
-
-
-def idle_flags(args: argparse.Namespace) -> dict[str, str]:
-    """The flags of views and objective that change nothing in a run, with the reason."""
-    why = {}
-    if not args.weight_simclr:
-        names = "pool projection_layers projection_dim projection_norm temperature local_negatives"
-        why |= dict.fromkeys(names.split(), "nothing is contrasted")
-    elif args.projection_layers == 1:
-        why |= dict.fromkeys(("projection_dim", "projection_norm"), "--projection_layers is 1")
-    if not args.weight_mae:
-        why |= dict.fromkeys(("norm_pix_loss", "mask_token_width"), "nothing is reconstructed")
-    if not (args.weight_mae and args.noise_loss):
-        names = ("noise_target", "weight_noise", "noise_level_tokens")
-        why |= dict.fromkeys(names, "no noise is predicted")
-    if not args.noise_loss:
-        why["std"] = "no noise is added"
-    if args.augment != "ssl":
-        names = ("jitter_strength", "blur_prob", *["crop_scale"] * (args.augment == "none"))
-        why |= dict.fromkeys(names, f"--augment is {args.augment}")
-    return why

@@ -104,6 +104,8 @@ def job_parser(script: Parser) -> Parser:
         script.check(args)
 
     text, parents = f"{script.description}, submitted", [script, job_flags()]
-    parser = Parser(description=text, parents=parents, check=check, add_help=False)
+    parser = Parser(
+        description=text, parents=parents, check=check, idle=script.idle, add_help=False
+    )
     parser.set_defaults(output_dir=JOB_DIR)
     return parser

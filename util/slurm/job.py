@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -27,6 +28,8 @@ class Job:
         args: its flags; %j in a folder's name becomes the job's id.
         requeue_limit: starts after the first.
         restarts: so far, if SLURM does not count them.
+    Attributes:
+        submitted: when, in seconds of `time.time`.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Job:
     ):
         self.module, self.args = module, args
         self.requeue_limit, self.restarts = requeue_limit, restarts
+        self.submitted = time.time()
 
     def __call__(self) -> None:
         try:
@@ -46,6 +50,7 @@ class Job:
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """The job's next start. submitit calls this on rank 0 only: nothing here is collective."""
         again = Job(self.module, self.args, self.requeue_limit, self.restarts + 1)
+        again.submitted = self.submitted
         return submitit.helpers.DelayedSubmission(again)
 
     def _run(self, env: submitit.JobEnvironment) -> None:
@@ -62,9 +67,8 @@ class Job:
         args.output_dir, args.log_dir = (
             folder.replace("%j", env.job_id) for folder in (args.output_dir, args.log_dir)
         )
-        # With auto, `Run` checks on rank 0, for all ranks, whether there is a checkpoint.
-        if restarts and (not args.resume or Path(args.output_dir, LAST).exists()):
-            args.resume = "auto"
+        if restarts and self._has_begun(args, Path(args.output_dir, LAST)):
+            args.resume, args.overwrite = "auto", False
         beyond = (
             f"{self.module}.py: error: --requeue_limit {self.requeue_limit} is reached; "
             f"to continue: --output_dir {args.output_dir} --resume auto"
@@ -85,6 +89,14 @@ class Job:
         if restarts >= self.requeue_limit:
             sys.exit(beyond)
         requeue(_signal(env), None)
+
+    def _has_begun(self, args: argparse.Namespace, last: Path) -> bool:
+        """Whether this job's run is to be resumed; `Run` looks, on rank 0, for its checkpoint."""
+        if any(vars(args).get(name) for name in ("eval", "predict", "knn")):
+            return False  # it begins anew
+        if args.overwrite:  # what it is to remove may still be there
+            return last.exists() and last.stat().st_mtime > self.submitted
+        return not args.resume or last.exists()
 
 
 def _join(env: submitit.JobEnvironment) -> None:

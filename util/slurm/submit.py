@@ -65,9 +65,12 @@ def _submit(module: str, parser: Parser) -> int:
 
 def _sweep(parser: Parser, args: Namespace) -> dict[str, Namespace]:
     """Each run's flags, by what distinguishes it from the others; '' for a single run."""
-    varied = dict(args.set)
-    if args.array:
-        varied["seed"] = [str(seed) for seed in args.array]
+    varied = {}
+    seeds = [("seed", [str(seed) for seed in args.array])] if args.array else []
+    for name, values in [*args.set, *seeds]:
+        if name in varied:
+            parser.error(f"--set {name}: it is set twice; all of its values belong into one")
+        varied[name] = values
     for name in varied.keys() & JOB_FLAGS:
         parser.error(f"--set {name}: it is the same for all jobs of an array")
     runs = {}
@@ -75,9 +78,10 @@ def _sweep(parser: Parser, args: Namespace) -> dict[str, Namespace]:
         words = [f"{name}={value}" for name, value in zip(varied, values, strict=True)]
         flags = [*sys.argv[1:], *(f"--{word}" for word in words)]
         runs[" ".join(words)] = parser.parse_args(flags)
-    folders = [run.output_dir for run in runs.values() if "%j" not in run.output_dir]
-    if len(set(folders)) < len(folders):
-        parser.error(f"--output_dir {folders[0]}: a sweep needs %j in it, a folder for each run")
+    for name in ("output_dir", "log_dir"):
+        folders = [vars(run)[name] for run in runs.values() if "%j" not in vars(run)[name]]
+        if len(set(folders)) < len(folders):
+            parser.error(f"--{name} {folders[0]}: a sweep needs %j in it, a folder for each run")
     return runs
 
 
@@ -136,8 +140,8 @@ def _executor(args: Namespace, cluster: str, name: str) -> submitit.AutoExecutor
 
 def _warn_of_missing(args: Namespace) -> None:
     """Warns of paths that are not on this machine; they may exist where the job runs."""
-    for name in ("data_path", "finetune", "resume"):
-        path = getattr(args, name, "")
+    for name in ("data_path", "labels", "finetune", "init", "resume", "predict"):
+        path = getattr(args, name, "") or ""
         named = "://" in path or path.startswith("hf:") or any(c in path for c in "{*?")
         if os.sep in path and not named and not os.path.exists(path):
             print(f"warning: --{name} {path} is not on this machine", file=sys.stderr)
