@@ -142,6 +142,12 @@ def test_an_input_size_fits_the_patches(weights, photos, tmp_path, capsys):
     assert "40 is not a multiple of the patch size 16" in the_error(capsys.readouterr().err)
 
 
+def test_channels_are_the_encoder_s(weights, photos, tmp_path, capsys):
+    words = ["--checkpoint", weights, "--data_path", photos, "--out", tmp_path / "a.npz"]
+    assert run_main(embed, *words, "--in_chans", 1, "--device", "cpu") == 1
+    assert f"--in_chans 1: {weights} takes 3 channels" in the_error(capsys.readouterr().err)
+
+
 def test_a_named_dataset_is_embedded_whole(weights, tmp_path):
     assert embedded(weights, "digits", tmp_path / "a.npz", "--batch_size", 256) == 0
     found = np.load(tmp_path / "a.npz")

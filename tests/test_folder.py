@@ -88,4 +88,6 @@ def test_what_a_run_begins_with_is_not_removed(flags, tmp_path, capsys):
     capsys.readouterr()
     assert run_main(main_linprobe, *probing(flags), "--finetune", weights, "--overwrite") == 1
     assert "--overwrite would remove --finetune" in the_error(capsys.readouterr().err)
+    assert run_main(main_pretrain, *flags, "--init", weights, "--overwrite") == 1
+    assert "--overwrite would remove --init" in the_error(capsys.readouterr().err)
     assert weights.exists()

@@ -156,7 +156,9 @@ def test_what_fits_other_shapes_is_the_checkpoint_s(data, tmp_path, capsys):
 
 def test_a_share_of_the_training_images_keeps_its_classes(data, trained, capsys):
     assert weigh(data, trained, "--val_fraction", 0.5) == 0
-    assert "top-1" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "top-1" in said.out
+    assert "was trained on some of these images, with --val_fraction 0.0" in said.out + said.err
 
 
 def test_balanced_weights_make_classes_alike():

@@ -80,6 +80,22 @@ def test_each_flag_that_differs_is_said_with_what_it_means(resumed, photos, tmp_
     assert "--num_workers" not in said  # changes nothing
 
 
+def test_other_numbers_of_images_are_said(resumed, photos, tmp_path):
+    """The folder that the run was given, with an image more."""
+    link = tmp_path / "photos"
+    link.symlink_to(photos)
+    _, out, _ = resumed("--data_path", link, "--epochs", 3)
+    assert not any(line.startswith("changed: train") for line in changes(out))
+    shutil.copytree(photos, tmp_path / "more")
+    image = next((tmp_path / "more/train").rglob("*.jpg"))
+    shutil.copy(image, image.with_stem("another"))
+    link.unlink()
+    link.symlink_to(tmp_path / "more")
+    _, out, _ = resumed("--data_path", link, "--epochs", 4)
+    words = "changed: train had 48 images, has 49: in another order from here on"
+    assert any(line.startswith(words) for line in changes(out))
+
+
 def test_another_augmentation_is_refused_and_said_where_it_is_meant(resumed):
     more = ["--epochs", 3, "--jitter_strength", 0.9]
     assert "--jitter_strength is 0.5 there, 0.9 here; give another" in the_error(resumed(*more)[2])

@@ -103,6 +103,27 @@ def test_a_signal_within_an_epoch_loses_nothing(script, extra, flags, tmp_path, 
     assert losses_of(tmp_path / "out") == losses_of(tmp_path / "again")
 
 
+@pytest.mark.parametrize("extra", [[], ["--blr", "auto"]], ids=["one", "grid"])
+def test_what_is_resumed_needs_no_weights_to_start_from(extra, flags, pretrained, tmp_path):
+    copy = shutil.copy(pretrained, tmp_path / "start.pth")
+    flags = [*flags, *extra, "--finetune", copy]
+    assert run_main(main_linprobe, *flags, "--epochs", 2, "--output_dir", tmp_path / "whole") == 0
+    assert run_main(main_linprobe, *flags, "--epochs", 1) == 0
+    copy.unlink()
+    assert run_main(main_linprobe, *flags, "--epochs", 2, "--resume", "auto") == 0
+    whole, parts = (state_of(tmp_path / name)["model"] for name in ("whole", "out"))
+    encoder = [name for name in whole if not name.startswith("head.")]
+    assert all(torch.equal(whole[name], parts[name]) for name in encoder)
+
+
+def test_an_encoder_that_pools_before_its_norm_is_probed(flags, tmp_path, capsys):
+    """As fine-tuning leaves it."""
+    assert run_main(main_finetune, *flags, "--epochs", 1) == 0
+    flags += ["--finetune", tmp_path / "out/checkpoint-last.pth", "--output_dir", ""]
+    assert run_main(main_linprobe, *flags, "--epochs", 1) == 0
+    assert "not used: classifier (2), fc_norm (2); new: head, norm" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("script", [main_linprobe, main_finetune])
 def test_best_checkpoint_evaluates_to_the_best_accuracy_logged(script, flags, tmp_path, capsys):
     extra = ["--epochs", 4, "--blr", 1e-2 if script is main_finetune else 50]

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ INDIFFERENT = (
     "dist_on_itp", "dist_url", "eval", "dist_eval", "eval_freq", "predict", "grad_checkpointing",
     "finetune", "init",
 )  # fmt: skip
+COUNT = r"\w+: ([\d,]+) images"  # how the words of a split begin
+MIXED = ": in another order from here on, some of this epoch's twice, some not at all"
 SCHEDULE = "the learning rate follows the new schedule from here on"
 IMAGES = "the epoch continues at the same image, in steps of the new size"
 MEANING = dict.fromkeys(("epochs", "warmup_epochs", "lr", "blr", "min_lr"), SCHEDULE)
@@ -45,8 +48,23 @@ def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: st
             )
 
 
-def check_same_classes(before: list[str] | None, now: list[str], source: str | Path) -> None:
-    """Raises UserError if the classifier to resume was trained with classes of other names."""
+def check_data(
+    state: dict[str, Any], data: dict[str, str], classes: list[str], source: str | Path
+) -> None:
+    """Prints if there are other numbers of images than a checkpoint's run had.
+
+    Args:
+        data: `settle_pixels`'s words.
+        classes: the classifier's.
+    Raises:
+        UserError: the checkpoint's classifier has classes of other names.
+    """
+    for split, words in data.items():
+        counts = re.match(COUNT, state.get("data", {}).get(split, "")), re.match(COUNT, words)
+        if all(counts) and counts[0][1] != counts[1][1]:
+            had, has = (count[1] for count in counts)
+            logger.info(f"changed: {split} had {had} images, has {has}{MIXED * (split == 'train')}")
+    before, now = state.get("classes"), classes
     if before and before != now:
         odd = few(sorted(set(before) ^ set(now))) or "the same, in another order"
         other = "--finetune starts from weights alone"

@@ -22,7 +22,7 @@ from util.errors import Stopped, UserError
 from util.lr_sched import global_batch, scale_learning_rate
 from util.misc import MetricLogger
 from util.run.background import Background, HostCopy
-from util.run.changes import OLD, check_experiment, check_same_classes, tell_changes
+from util.run.changes import OLD, check_data, check_experiment, tell_changes
 from util.run.checkpoint import BEST, LAST, NUMBERED, copy_file, load, save
 from util.run.folder import claim_folder, open_folder
 from util.run.interrupt import Interrupts
@@ -171,7 +171,7 @@ class Run:
         """
         self._loader, self._metrics, self._steps = loader, metrics, steps
         state, self._resumed = self._resumed, {}
-        check_same_classes(state.get("classes"), self.classes, self.source)
+        check_data(state, self.data, self.classes, self.source)
         if self.step > steps:
             at = f"it is at step {self.step}, but an epoch has {steps}"
             raise UserError(f"{self.source} cannot be resumed: {at}")
