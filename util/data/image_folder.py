@@ -12,7 +12,16 @@ import numpy as np
 from util.data.file_list import list_files, top_of
 from util.data.images import BadImage, open_image
 from util.data.index import Index
-from util.data.source import EXTENSIONS, SPLITS, SURE_SPLITS, Source, extension_of, few, rebuilt
+from util.data.source import (
+    EXTENSIONS,
+    SPLIT_NAMES,
+    SPLITS,
+    SURE_SPLITS,
+    Source,
+    extension_of,
+    few,
+    rebuilt,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +91,7 @@ class ImageFiles(Source):
         return rebuilt, (ImageFiles, self.root, self.index)
 
     def why_no_classes(self) -> str:
-        splits = {name for names in SPLITS.values() for name in names}
-        named = [name for name in self.classes if name.lower() in splits]
+        named = [name for name in self.classes if name.lower() in SPLIT_NAMES]
         if self.stray:
             return f"images lie beside the class folders: {few(self.stray)}"
         # A class may be called train or valid.
