@@ -105,6 +105,17 @@ def test_one_class_may_be_called_train(root):
     assert open_labelled(str(root))[0].classes == ["airplane", "ship", "train"]
 
 
+def test_what_lies_beside_the_only_split_is_told(root, caplog):
+    (root / "train/bird").rename(root / "train/train")
+    for folder, file in (("notes", "a.txt"), (".hidden", "a.jpg")):
+        (root / "train" / folder).mkdir()
+        (root / "train" / folder / file).touch()
+    assert len(open_dataset(str(root), train=True)) == 12
+    assert "is used, not" not in caplog.text
+    assert len(open_dataset(str(root / "train"), train=True)) == 4
+    assert f"warning: {root}/train: only train/ is used, not airplane, ship" in caplog.text
+
+
 def test_a_stray_image_is_named(root):
     Image.new("RGB", (8, 8)).save(root / "train/preview.jpg")
     with pytest.raises(UserError, match=r"beside the class folders: preview\.jpg"):

@@ -26,7 +26,7 @@ from util.data.loader import train_loader
 from util.data.order import SeededDataset
 from util.data.source import in_order
 from util.datasets import open_dataset, open_labelled
-from util.errors import UserError
+from util.errors import NoSplit, UserError
 
 
 def labelled(labels: dict[str, int], folder: str = "") -> dict[str, bytes]:
@@ -119,6 +119,47 @@ def test_splits_in_labelled_tars_are_splits(tmp_path):
     assert (len(train), len(val), classes) == (3, 2, 2)
     assert [Path(val.name(i).split(": ")[1]).name for i in range(2)] == ["3.png", "4.png"]
     assert train.groups.tolist() == [3]
+
+
+CLASSES = ("apple", "bus", "train")  # as CIFAR-100, COCO and VOC have them
+
+
+def test_a_class_called_train_in_labelled_tars_is_no_split(tmp_path, caplog):
+    files = labelled({f"{name}/{i}": n for n, name in enumerate(CLASSES) for i in range(3)}, "voc/")
+    path = tar_of(tmp_path / "a.tar", files)
+    train, val, _ = open_labelled(str(path), val_fraction=0.3)
+    assert (len(train), len(val)) == (6, 3)
+    assert f"warning: {path}: all is used: folders named as one split" in caplog.text
+    with pytest.raises(NoSplit):
+        open_dataset(str(path), train=False)
+
+
+@pytest.mark.parametrize("root", ["", "test/"])
+def test_a_class_called_train_within_splits_is_a_class(root, tmp_path):
+    names = {f"{split}/{name}/0": n for split in ("train", "val") for n, name in enumerate(CLASSES)}
+    path = tar_of(tmp_path / "a.tar", labelled({"extra/0": 0, **names}, root))
+    train, val, _ = open_labelled(str(path))
+    for data, split in ((train, "train"), (val, "val")):
+        inside = [data.name(i).split(": ")[1] for i in range(len(data))]
+        assert inside == [f"{root}{split}/{name}/0.png" for name in CLASSES]
+        assert data.left_out["images of no split"] == 1
+    path = tar_of(tmp_path / "b.tar", labelled({n: i for n, i in names.items() if "val/" in n}))
+    assert len(open_dataset(str(path), train=False)) == 3  # alone, it is one
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+def test_what_lies_beside_the_only_split_of_an_archive_is_told(suffix, tmp_path, caplog):
+    path = tmp_path / f"a{suffix}"
+    files = {f"{name}/{i}.png": picture(i) for name in CLASSES for i in range(3)}
+    if suffix == ".tar":
+        tar_of(path, files)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    dataset = open_dataset(str(path), train=True)
+    assert (len(dataset), dataset.left_out) == (3, {"images of no split": 6})
+    assert f"warning: {path}: only train/ is used, not apple, bus" in caplog.text
 
 
 def test_archives_that_no_split_names_are_told(tmp_path, caplog):

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
 from torchvision import datasets
 
-from util.data.image_folder import ImageFiles, find_split, left_out_words
+from util.data.image_folder import ImageFiles, find_split, left_out_words, unused_beside
 from util.data.images import read_image
 from util.data.labels import Labelled
 from util.data.members import of_split
@@ -170,6 +170,8 @@ def _open_own(data_path: str, train: bool | None, cache_dir: str) -> Source:
     images = ImageFiles(split or root, cache and cache.with_suffix(".safetensors"))
     if images.archives:
         return _open_archives(images.archives, split or root, train, cache_dir, bool(split))
+    if split and train and (others := unused_beside(split)):
+        logger.warning(f"warning: {root}: only {split.name}/ is used, not {few(others)}")
     if split is None and train is not None:
         if not train:
             _no_split(root, train)

@@ -45,12 +45,12 @@ def list_files(root: Path, is_image: Callable[[str], bool], cache: Path | None =
     listing, times = {}, {}
     left_out, archives = Counter(), []
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise):
-        folders[:] = [name for name in folders if _is_shown(name) and not _is_loop(folder, name)]
+        folders[:] = [name for name in folders if is_shown(name) and not _is_loop(folder, name)]
         relative = os.path.relpath(folder, root)
         relative = "" if relative == os.curdir else relative
         times[relative] = os.stat(folder).st_mtime_ns
         listing[relative] = images = []
-        for name in sorted(filter(_is_shown, names)):
+        for name in sorted(filter(is_shown, names)):
             if is_image(path := os.path.join(folder, name)):
                 images.append(name)
                 continue
@@ -85,7 +85,8 @@ def top_of(folder: str) -> str:
     return folder.split(os.sep)[0]
 
 
-def _is_shown(name: str) -> bool:
+def is_shown(name: str) -> bool:
+    """Neither hidden nor what systems add."""
     return not name.startswith(".") and name not in CLUTTER
 
 

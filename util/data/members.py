@@ -82,14 +82,24 @@ def _gather(images: list[File], labels: dict[int, str], found: Members) -> Membe
     found.offsets = np.array([image.offset for image in images], np.int64)
     found.sizes = np.array([image.size for image in images], np.int64)
     found.kinds = np.array([image.kind for image in images], np.uint8)
-    split_of = {folder: _split_of(folder) for folder in set(folders)}
+    split_of = _splits_of(set(folders))
     found.splits = np.array([split_of[folder] for folder in folders], np.uint8)
     return found
 
 
-def _split_of(folder: str) -> int:
-    parts = set(folder.lower().split("/"))
-    return next((n for n, train in ((1, True), (2, False)) if parts & {*SPLITS[train]}), 0)
+def _splits_of(folders: set[str]) -> dict[str, int]:
+    """By folder, 1 for training's, 2 for validation's, 0 for neither; by its outermost such name.
+
+    A class below a split may be called train, and so may what all folders lie in.
+    """
+    numbers = {name: n for n, train in ((1, True), (2, False)) for name in SPLITS[train]}
+    shared = len(os.path.commonpath(folders)) if folders else 0
+    for start in (shared, 0):
+        parts = {folder: folder[start:].lower().split("/") for folder in folders}
+        found = {f: next((numbers[p] for p in ps if p in numbers), 0) for f, ps in parts.items()}
+        if {1, 2} <= set(found.values()):
+            break
+    return found
 
 
 def _is_shown(name: str) -> bool:

@@ -22,13 +22,22 @@ from util.data.file_list import ARCHIVES, WORTH_KEEPING, keep, top_of
 from util.data.images import BadImage
 from util.data.index import Index, Strings
 from util.data.members import DEFLATED, KINDS, Members, read_content, read_members, read_name
-from util.data.source import SPLITS, SURE_SPLITS, Source, extension_of, few, in_order, rebuilt
+from util.data.source import (
+    SPLIT_NAMES,
+    SPLITS,
+    SURE_SPLITS,
+    Source,
+    extension_of,
+    few,
+    in_order,
+    rebuilt,
+)
 from util.errors import NoSplit, UserError
 from util.parents import end_with_parent
 
 logger = logging.getLogger(__name__)
 
-RULES = 2  # an index by other rules is not believed
+RULES = 3  # an index by other rules is not believed
 SHOWN = 5  # damaged archives that are named
 SLOW = 64  # archives whose indexing is worth a line
 OPEN_FILES = 64  # archives that a process keeps open
@@ -57,6 +66,8 @@ class Shards(Source):
             used = f"the {index['counts'][int(number)]:,} images before that are used"
             logger.warning(f"warning: {paths[int(number)]}: {damage[number]}; {used}")
         self._take(Strings.pack(paths), train, where, index)
+        if self.guess:
+            logger.warning(f"warning: {where}: {self.guess}")
 
     def __reduce__(self) -> tuple:
         return rebuilt, (Shards, self.paths, self.train, self.where, self.index)
@@ -69,7 +80,7 @@ class Shards(Source):
         self.left_out = Counter(index.notes["left_out"])
         if damaged := len(index.notes["damage"]):
             self.left_out["ends of damaged archives"] = damaged
-        self.chosen, self.stray = None, False
+        self.chosen, self.stray, self.guess = None, False, ""
         if index.notes["by_folder"]:
             self._take_folders(list(names), train)
         else:
@@ -87,12 +98,29 @@ class Shards(Source):
             self.classes = titles
             present = set(numbers)
             self.empty = [title for n, title in enumerate(titles) if n not in present]
-        wanted = {True: 1, False: 2, None: 0}[self.train]
+        if self.train is not None:
+            self._take_split()
+
+    def _take_split(self) -> None:
+        """Keeps images in folders of a split's name, if there are both splits, or nothing beside.
+
+        Raises:
+            NoSplit: there are none for validation.
+        """
         splits = self.index["splits"]
-        if wanted and splits.any():
-            self._choose(splits == wanted)
-        if self.train is False and (not splits.any() or not len(self.targets)):
+        found = {n for n in range(3) if (splits == n).any()} if splits.any() else {0}
+        are_splits = 0 not in found or found == {0, 1, 2}
+        if are_splits:
+            self._choose(splits == (1 if self.train else 2))
+            self._leave_out(splits == 0)
+        elif found != {0}:
+            self.guess = "all is used: folders named as one split, beside others, may be classes"
+        if self.train is False and not (are_splits and len(self.targets)):
             raise NoSplit(f"{self.where}: no archives for validation; {WITHOUT}")
+
+    def _leave_out(self, mask: np.ndarray) -> None:
+        if count := int(mask.sum()):
+            self.left_out["images of no split"] = count
 
     def _choose(self, mask: np.ndarray) -> None:
         """Keeps some of the images."""
@@ -112,6 +140,11 @@ class Shards(Source):
             raise NoSplit(f"{self.where}: no folder for validation in it; {WITHOUT}")
         taken = np.array([wanted in (None, top_of(f)) for f in folders] + [False])
         if wanted is not None:
+            others = sorted(top for top in tops if top.lower() not in SPLIT_NAMES)
+            unused = np.array([top_of(f) in others for f in folders] + [False])
+            self._leave_out(unused[self.index["labels"]])
+            if any(others) and not any(top.lower() in SPLITS[not train] for top in tops):
+                self.guess = f"only {wanted}/ is used, not {few(list(filter(None, others)))}"
             folders = [f.partition("/")[2] for f in folders]
         tops = [top_of(folder) for folder in folders]
         full = {top for top, take in zip(tops, taken, strict=False) if take}
