@@ -147,19 +147,80 @@ def test_a_class_called_train_within_splits_is_a_class(root, tmp_path):
     assert len(open_dataset(str(path), train=False)) == 3  # alone, it is one
 
 
-@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+def archive_of(path: Path, files: dict[str, bytes]) -> Path:
+    if path.suffix == ".tar":
+        return tar_of(path, files)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+BOTH = pytest.mark.parametrize("suffix", [".zip", ".tar"])
+
+
+@BOTH
 def test_what_lies_beside_the_only_split_of_an_archive_is_told(suffix, tmp_path, caplog):
-    path = tmp_path / f"a{suffix}"
     files = {f"{name}/{i}.png": picture(i) for name in CLASSES for i in range(3)}
-    if suffix == ".tar":
-        tar_of(path, files)
-    else:
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
+    path = archive_of(tmp_path / f"a{suffix}", files)
     dataset = open_dataset(str(path), train=True)
     assert (len(dataset), dataset.left_out) == (3, {"images of no split": 6})
     assert f"warning: {path}: only train/ is used, not apple, bus" in caplog.text
+
+
+@BOTH
+@pytest.mark.parametrize("before", ["./", "../", "/", "../../x/./", ""])
+def test_images_are_those_of_the_folder_it_was_made_of(before, suffix, tmp_path):
+    left = ["@eaDir/3.png", "#recycle/4.png", "A/Thumbs.db", "$RECYCLE.BIN/5.png", ".b/6.png"]
+    names = ["A/1.png", "A/__1.png", "B/__2__.png", *left]
+    files = {name: picture(shade) for shade, name in enumerate(names)}
+    path = archive_of(tmp_path / f"a{suffix}", {f"{before}{n}": c for n, c in files.items()})
+    dataset = open_dataset(str(path), train=True)
+    assert (shades(dataset), dataset.classes, dataset.left_out) == ([0, 1, 2], ["A", "B"], {})
+    assert dataset.name(1) == f"{path}: {before}A/__1.png"
+    for name, content in files.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(content)
+    folder = open_dataset(str(tmp_path / "in"), train=True)
+    assert (shades(folder), folder.classes, folder.left_out) == ([0, 1, 2], ["A", "B"], {})
+
+
+def test_folders_in_zips_of_old_windows_tools_are_folders(tmp_path):
+    names = [f"{split}\\{name}\\1.png" for split in ("train", "val") for name in "AB"]
+    files = {"train\\": b"", "train\\A\\": b""} | {n: picture(i) for i, n in enumerate(names)}
+    path = archive_of(tmp_path / "a.zip", files)
+    train, val, _ = open_labelled(str(path))
+    assert (shades(train), shades(val), train.classes) == ([0, 1], [2, 3], ["A", "B"])
+    assert train.left_out == {}
+    assert val.name(1) == f"{path}: val/B/1.png"
+
+
+@pytest.mark.parametrize("kind", ["USTAR", "GNU", "PAX"])
+def test_names_of_images_in_tars_are_whole(kind, tmp_path):
+    names = [f"{'long' * 20}/{i}/{'name' * 10}.png" for i in range(2)]  # ustar's has two parts
+    names += [f"{'x' * 3000}{i}/\xe9.png" for i in range(2) if kind != "USTAR"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=getattr(tarfile, f"{kind}_FORMAT")) as tar:
+        for shade, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = len(content := picture(shade))
+            tar.addfile(member, io.BytesIO(content))
+    dataset = open_dataset(str(tmp_path / "a.tar"), train=True)
+    assert shades(dataset) == list(range(len(names)))
+    assert [dataset.name(i) for i in range(len(names))] == [f"{tmp_path}/a.tar: {n}" for n in names]
+
+
+def test_names_of_images_in_zips_are_told_apart(tmp_path):
+    """A name without the flag of UTF-8 is in whatever encoding; `zipfile` takes it for cp437."""
+    names = ["A/猫.png", "A/犬.png"]
+    files = {name: picture(i) for i, name in enumerate(["A/xx.png", "A/yy.png", *names])}
+    path = archive_of(tmp_path / "a.zip", files)
+    content = path.read_bytes()
+    for ascii_name, name in zip((b"A/xx", b"A/yy"), names, strict=True):
+        content = content.replace(ascii_name, name[:3].encode("gbk"))
+    path.write_bytes(content)
+    dataset = open_dataset(str(path), train=True)
+    expected = [name.encode("gbk").decode("cp437") for name in names] + names
+    assert [dataset.name(i).partition(": ")[2] for i in range(4)] == expected
 
 
 def test_archives_that_no_split_names_are_told(tmp_path, caplog):

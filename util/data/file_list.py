@@ -15,8 +15,9 @@ WORTH_KEEPING = 10_000  # files; fewer are listed within a second even on slow d
 SETTLED = 2 * 10**9  # nanoseconds: the clocks of some file systems are as coarse as that
 
 ARCHIVES = (".tar", ".zip", ".parquet")
-CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")  # not hidden by a dot
-RULES = 4  # what is left out, and in which order; of a list by other rules nothing is believed
+CLUTTER = {"__macosx", "thumbs.db", "desktop.ini"}  # in any case; not hidden by a dot
+CLUTTER |= {"@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
+RULES = 5  # what is left out, and in which order; of a list by other rules nothing is believed
 
 _unwritten: dict[Path, Index] = {}  # by cache file
 
@@ -25,7 +26,7 @@ def list_files(root: Path, is_image: Callable[[str], bool], cache: Path | None =
     """The images below a folder, folder by folder; those of a top folder stand together.
 
     Links are followed, unless they lead to a folder that they are in; what is hidden, and what
-    macOS leaves in archives, is left out.
+    systems leave beside images, is left out.
 
     Args:
         is_image: tells it from the path.
@@ -87,7 +88,7 @@ def top_of(folder: str) -> str:
 
 def is_shown(name: str) -> bool:
     """Neither hidden nor what systems add."""
-    return not name.startswith(".") and name not in CLUTTER
+    return not name.startswith(".") and name.lower() not in CLUTTER
 
 
 def _is_loop(folder: str, name: str) -> bool:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import signal
+import tarfile
 import time
 import zlib
 from collections import Counter
@@ -43,7 +44,7 @@ SLOW = 64  # archives whose indexing is worth a line
 OPEN_FILES = 64  # archives that a process keeps open
 CLASSES = "classes.txt"  # beside the shards: a class's name per line, in the order of its number
 WITHOUT = "name them val-..., or give --val_fraction 0.1"
-COLUMNS = ("offsets", "sizes", "kinds", "labels", "splits")
+COLUMNS = ("offsets", "sizes", "kinds", "heads", "labels", "splits")
 
 
 class Shards(Source):
@@ -159,8 +160,8 @@ class Shards(Source):
             self._choose(taken[self.index["labels"]])
 
     def content(self, index: int) -> tuple[BytesIO, str]:
-        shard, offset, size, kind, is_zip = self._place(index)
-        data = read_content(self._opened(shard), offset, size, is_zip)
+        shard, offset, size, kind, head = self._place(index)
+        data = read_content(self._opened(shard), offset, size, is_zip=not head)
         if len(data) < size:
             raise BadImage("the archive is cut off")
         if kind >= DEFLATED:
@@ -171,10 +172,10 @@ class Shards(Source):
         return BytesIO(data), KINDS[kind % DEFLATED]
 
     def name(self, index: int) -> str:
-        shard, offset, *_, is_zip = self._place(index)
+        shard, offset, _, _, head = self._place(index)
         try:
-            return f"{self.paths[shard]}: {read_name(self._opened(shard), offset, is_zip)}"
-        except (OSError, BadImage):
+            return f"{self.paths[shard]}: {read_name(self._opened(shard), offset, head)}"
+        except (OSError, BadImage, tarfile.TarError):
             return f"{self.paths[shard]}: image {index}"
 
     def identity(self) -> str:
@@ -184,12 +185,11 @@ class Shards(Source):
         sizes, times = self.index["shard_sizes"], self.index["shard_times"]
         return _opened(self.paths[shard], int(sizes[shard]), int(times[shard])).fileno()
 
-    def _place(self, index: int) -> tuple[int, int, int, int, bool]:
-        """An image's archive, offset, size and kind, and whether the archive is a zip."""
+    def _place(self, index: int) -> tuple[int, int, int, int, int]:
+        """An image's archive, offset, size, kind and head."""
         shard = int(np.searchsorted(self.ends, index, side="right"))
         row = index if self.chosen is None else self.chosen[index]
-        offset, size, kind = (int(self.index[column][row]) for column in COLUMNS[:3])
-        return shard, offset, size, kind, extension_of(self.paths[shard]) == ".zip"
+        return shard, *(int(self.index[column][row]) for column in COLUMNS[:4])
 
     def why_no_classes(self) -> str:
         if missing := int((self.targets == -1).sum()):
