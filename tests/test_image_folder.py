@@ -153,6 +153,23 @@ def test_links_are_followed_and_loops_are_not(root, tmp_path):
     assert tuple(dataset.classes) == CLASSES
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_links_between_folders_come_to_an_end(count, tmp_path):
+    """Each way through them that comes to no folder twice: a, a/b, a/b/c, a/c, a/c/b, b, ..."""
+    names = "abc"[:count]
+    for outside in (tmp_path / "one", tmp_path / "two"):
+        for name in names:
+            (outside / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(outside / name / "1.png")
+            for other in set(names) - {name}:
+                (outside / name / other).symlink_to(f"../{other}")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/x").symlink_to(tmp_path / "two/a")
+    (tmp_path / "two/a/up").symlink_to(tmp_path)
+    assert len(open_dataset(str(tmp_path / "one"), train=True)) == {2: 4, 3: 15}[count]
+    assert len(open_dataset(str(tmp_path / "images"), train=True)) == {2: 2, 3: 5}[count]
+
+
 @pytest.mark.parametrize("extension", [*sorted(EXTENSIONS - {".npy"}), ""])
 def test_every_extension_that_the_decoder_reads_is_taken(extension, root):
     for split in ("train", "val"):

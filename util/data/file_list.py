@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ _unwritten: dict[Path, Index] = {}  # by cache file
 def list_files(root: Path, is_image: Callable[[str], bool], cache: Path | None = None) -> Index:
     """The images below a folder, folder by folder; those of a top folder stand together.
 
-    Links are followed, unless they lead to a folder that they are in; what is hidden, and what
+    Links are followed, unless they lead to a folder on the way to them; what is hidden, and what
     systems leave beside images, is left out.
 
     Args:
@@ -45,8 +45,10 @@ def list_files(root: Path, is_image: Callable[[str], bool], cache: Path | None =
         return kept
     listing, times = {}, {}
     left_out, archives = Counter(), []
+    ways = {str(root): (os.path.realpath(root),)}
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise):
-        folders[:] = [name for name in folders if is_shown(name) and not _is_loop(folder, name)]
+        ways |= _ways_on(folder, filter(is_shown, folders), ways.pop(folder))
+        folders[:] = [name for name in folders if os.path.join(folder, name) in ways]
         relative = os.path.relpath(folder, root)
         relative = "" if relative == os.curdir else relative
         times[relative] = os.stat(folder).st_mtime_ns
@@ -91,12 +93,21 @@ def is_shown(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in CLUTTER
 
 
-def _is_loop(folder: str, name: str) -> bool:
-    path = os.path.join(folder, name)
-    if not os.path.islink(path):
-        return False
-    inside, target = os.path.realpath(folder), os.path.realpath(path)
-    return f"{inside}/".startswith(f"{target.rstrip('/')}/")
+def _ways_on(folder: str, names: Iterable[str], way: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The ways to the folders in a folder, but for links that lead back.
+
+    A way has the real paths of the folders whose links it went through, and of where it ends.
+    """
+    found = {}
+    for name in names:
+        path = os.path.join(folder, name)
+        if not os.path.islink(path):
+            found[path] = (*way[:-1], os.path.join(way[-1], name))
+            continue
+        target = os.path.realpath(path)
+        if not any(f"{real}/".startswith(f"{target.rstrip('/')}/") for real in way):
+            found[path] = (*way, target)
+    return found
 
 
 def _raise(error: OSError) -> None:
