@@ -70,6 +70,16 @@ def test_classes_without_images_keep_their_numbers(tmp_path):
     assert (classes, val.targets.tolist(), val.empty) == (3, [0, 2, 2], ["b"])
 
 
+@pytest.mark.parametrize("text", [b"\xef\xbb\xbfcat\r\nd\xe9g\r\n\r\n", b"cat\nd\xe9g\n \n\n"])
+def test_names_of_classes_as_windows_writes_them(text, tmp_path):
+    tar_of(tmp_path / "0.tar", labelled({"0": 0, "1": 1}))
+    (tmp_path / "classes.txt").write_bytes(text)
+    dataset = open_dataset(str(tmp_path), train=True)
+    assert (dataset.classes, dataset.empty) == (["cat", os.fsdecode(b"d\xe9g")], [])
+    (tmp_path / "list.txt").write_bytes("\ufeff0.tar\r\n\r\n".encode())
+    assert len(open_dataset(str(tmp_path / "list.txt"), train=True)) == 2
+
+
 def test_a_damaged_image_in_a_zip_is_replaced(flags, tmp_path, capsys):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -340,6 +350,7 @@ def test_transparency_is_kept_and_named_datasets_are_made_smaller(tmp_path):
     ("name", "content", "words"),
     [
         ("list.txt", b"\xff\xfe", "list.txt: "),
+        ("list.txt", "a.tar\n".encode("utf-16"), "list.txt: this is not UTF-8: save it as UTF-8"),
         ("list.txt", b"a.png\n", "not .tar, .zip, .parquet: "),
     ],
 )

@@ -212,11 +212,17 @@ def _opened(path: str, size: int, time_ns: int) -> BinaryIO:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """A text file's lines; raises UserError if it cannot be read."""
+    """A text file's lines, but for blank ones at its end; raises UserError if it is none."""
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if "\0" in text:  # as in UTF-16
+        raise UserError(f"{path}: this is not UTF-8: save it as UTF-8")
+    lines = text.split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
 
 
 def find_archives(data_path: str) -> list[str] | None:
