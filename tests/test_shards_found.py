@@ -233,6 +233,31 @@ def test_names_of_images_in_zips_are_told_apart(tmp_path):
     assert [dataset.name(i).partition(": ")[2] for i in range(4)] == expected
 
 
+@pytest.mark.parametrize("pattern", ["p/*/*.tar", "p/{train,val,test}/0.tar", "p", "p/list.txt"])
+def test_folders_of_archives_are_splits(pattern, tmp_path, caplog):
+    """In a folder whose own name is a split's."""
+    root = tmp_path / "test"
+    for shade, name in enumerate(("train", "val", "test", "extra")):
+        (root / "p" / name).mkdir(parents=True)
+        tar_of(root / "p" / name / "0.tar", {"0.png": picture(shade)})
+    (root / "p/list.txt").write_text("train/0.tar\nval/0.tar\n")
+    if pattern == "p":  # whose splits are not at once in it
+        (root / "p").rename(root / "q")
+        (root / "p").mkdir()
+        (root / "q").rename(root / "p/q")
+    assert shades(open_dataset(str(root / pattern), train=True)) == [0]
+    assert shades(open_dataset(str(root / pattern), train=False)) == [1]
+    assert ("not used, as no split's" in caplog.text) == (pattern != "p/list.txt")
+
+
+def test_a_folder_of_one_split_tells_nothing(tmp_path):
+    (tmp_path / "test").mkdir()
+    files = {f"{split}/{i}.png": picture(i) for split in ("train", "val") for i in range(2)}
+    tar_of(tmp_path / "test/a.tar", files)
+    assert len(open_dataset(f"{tmp_path}/*/*.tar", train=False)) == 2
+    assert len(open_dataset(f"{tmp_path}/*/*.tar", train=True)) == 2
+
+
 def test_archives_that_no_split_names_are_told(tmp_path, caplog):
     for name in ("train-0", "extra-1", "val-0"):
         tar_of(tmp_path / f"{name}.tar", {"0.png": picture(0)})

@@ -15,7 +15,7 @@ from torchvision import datasets
 from util.data.image_folder import ImageFiles, find_split, left_out_words, unused_beside
 from util.data.images import read_image
 from util.data.labels import Labelled
-from util.data.members import of_split
+from util.data.members import of_splits
 from util.data.shards import Shards, find_archives
 from util.data.source import (
     SPLITS,
@@ -189,13 +189,13 @@ def _no_split(where: str | Path, train: bool | None) -> NoReturn:
 def _open_archives(
     paths: list[str], where: str | Path, train: bool | None, cache_dir: str, is_split: bool = False
 ) -> Source:
-    """Archives or Parquet files; where their names tell splits, those of one."""
+    """Archives or Parquet files; where their names or folders tell splits, those of one."""
     kinds = sorted({extension_of(path) for path in paths})
     if len(kinds) > 1:
         both = f"holds {' and '.join(kinds)}: name those to use, such as '{where}/*{kinds[0]}'"
         raise UserError(f"--data_path {where}: {both}")
     if not is_split and train is not None:
-        named, other = (of_split(paths, SPLITS[split]) for split in (train, not train))
+        named, other = of_splits(paths, train)
         unused = sorted(set(paths) - {*named, *other}) if named else []
         if unused:
             logger.warning(f"warning: not used, as no split's: {few(unused)}")

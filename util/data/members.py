@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from util.data.file_list import is_shown
-from util.data.source import EXTENSIONS, SPLITS, extension_of
+from util.data.source import EXTENSIONS, SPLIT_NAMES, SPLITS, extension_of
 
 BLOCK = 512  # a tar's, in bytes
 PADDING = 2**20  # bytes after a tar's end mark that are looked at: zeros, or another archive
@@ -264,12 +264,27 @@ def _lengths(header: bytes) -> tuple[int, int]:
     return int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
 
 
-def of_split(paths: list[str], names: tuple[str, ...]) -> list[str]:
-    """Those whose file names say that they are of a split, by the first of its names found."""
-    for name in names:
-        if found := [path for path in paths if name in _words(path)]:
-            return found
-    return []
+def of_splits(paths: list[str], train: bool) -> tuple[list[str], list[str]]:
+    """Those of a split, and those of the other, as their names tell, or else their folders'.
+
+    Of a split's names the first one found counts; folders' names, where they tell both splits.
+    """
+    by_name = {path: _words(path) for path in paths}
+    folders = {path: os.path.dirname(os.path.abspath(path)) for path in paths}
+    shared = len(os.path.commonpath(folders.values()))
+    parts = {path: folder[shared:].lower().split(os.sep) for path, folder in folders.items()}
+    by_folder = {
+        p: [name for name in names if name in SPLIT_NAMES][:1] for p, names in parts.items()
+    }
+    named = [_of_both(words, train) for words in (by_name, by_folder)]
+    return next((both for both in named if all(both)), named[0])
+
+
+def _of_both(words: dict[str, list[str]], train: bool) -> tuple[list[str], list[str]]:
+    return tuple(
+        next(filter(None, ([p for p in words if name in words[p]] for name in SPLITS[split])), [])
+        for split in (train, not train)
+    )
 
 
 def _words(path: str) -> list[str]:
