@@ -226,7 +226,7 @@ def open_labelled(
     Args:
         nb_classes: what the data must hold, if given.
         val_fraction: if not 0, the share of each class's training images to validate on, instead
-            of the dataset's own validation images; the same ones every time.
+            of the dataset's own validation images; the same ones for the same images.
         cache_dir, labels: as `open_dataset`'s.
     Raises:
         UserError: no labels, one class, different classes for training and validation, another
@@ -260,7 +260,10 @@ def check_classes(dataset: Dataset, data_path: str, nb_classes: int | None = Non
 
 
 def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """[M] of bool, the same ones every time; each part gets at least one image of every class."""
+    """[M] of bool, the same ones for the same labels, though not with an image more or less.
+
+    Each part gets at least one image of every class; of a class of one image, none is held out.
+    """
     shuffled = np.random.default_rng(0).permutation(len(labels))  # whatever --seed is
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
