@@ -141,6 +141,7 @@ def make_index(folder: Path, samples: int) -> list[str]:
         "offsets": np.zeros(samples, np.int64),
         "sizes": np.zeros(samples, np.int64),
         "kinds": np.zeros(samples, np.uint8),
+        "heads": np.ones(samples, np.uint16),
         "labels": np.zeros(samples, np.int32),
         "splits": np.zeros(samples, np.uint8),
         "counts": np.full(len(paths), PER_SHARD),

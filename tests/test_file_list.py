@@ -155,7 +155,7 @@ def test_a_list_of_100_000_files_opens_within_a_second(tmp_path):
     arrays = names.named("names") | Strings.pack(folders).named("folders")
     arrays["counts"] = np.array([0] + 1000 * [100])
     arrays["times"] = np.full(1001, LONG_AGO * 10**9)
-    notes = {"root": str(root.resolve()), "left_out": {}, "archives": [], "rules": 4, "id": "x"}
+    notes = {"root": str(root.resolve()), "left_out": {}, "archives": [], "rules": 5, "id": "x"}
     Index(arrays, notes).write(tmp_path / "files-train.safetensors")
 
     begin = time.process_time()

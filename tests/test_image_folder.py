@@ -105,6 +105,17 @@ def test_one_class_may_be_called_train(root):
     assert open_labelled(str(root))[0].classes == ["airplane", "ship", "train"]
 
 
+def test_what_lies_beside_the_only_split_is_told(root, caplog):
+    (root / "train/bird").rename(root / "train/train")
+    for folder, file in (("notes", "a.txt"), (".hidden", "a.jpg")):
+        (root / "train" / folder).mkdir()
+        (root / "train" / folder / file).touch()
+    assert len(open_dataset(str(root), train=True)) == 12
+    assert "is used, not" not in caplog.text
+    assert len(open_dataset(str(root / "train"), train=True)) == 4
+    assert f"warning: {root}/train: only train/ is used, not airplane, ship" in caplog.text
+
+
 def test_a_stray_image_is_named(root):
     Image.new("RGB", (8, 8)).save(root / "train/preview.jpg")
     with pytest.raises(UserError, match=r"beside the class folders: preview\.jpg"):
@@ -140,6 +151,23 @@ def test_links_are_followed_and_loops_are_not(root, tmp_path):
     dataset = open_dataset(str(linked), train=True)
     assert len(dataset) == len(set(map(os.path.realpath, names_of(dataset)))) == 12
     assert tuple(dataset.classes) == CLASSES
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_links_between_folders_come_to_an_end(count, tmp_path):
+    """Each way through them that comes to no folder twice: a, a/b, a/b/c, a/c, a/c/b, b, ..."""
+    names = "abc"[:count]
+    for outside in (tmp_path / "one", tmp_path / "two"):
+        for name in names:
+            (outside / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(outside / name / "1.png")
+            for other in set(names) - {name}:
+                (outside / name / other).symlink_to(f"../{other}")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/x").symlink_to(tmp_path / "two/a")
+    (tmp_path / "two/a/up").symlink_to(tmp_path)
+    assert len(open_dataset(str(tmp_path / "one"), train=True)) == {2: 4, 3: 15}[count]
+    assert len(open_dataset(str(tmp_path / "images"), train=True)) == {2: 2, 3: 5}[count]
 
 
 @pytest.mark.parametrize("extension", [*sorted(EXTENSIONS - {".npy"}), ""])

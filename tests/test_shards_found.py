@@ -26,7 +26,7 @@ from util.data.loader import train_loader
 from util.data.order import SeededDataset
 from util.data.source import in_order
 from util.datasets import open_dataset, open_labelled
-from util.errors import UserError
+from util.errors import NoSplit, UserError
 
 
 def labelled(labels: dict[str, int], folder: str = "") -> dict[str, bytes]:
@@ -68,6 +68,16 @@ def test_classes_without_images_keep_their_numbers(tmp_path):
         (tmp_path / split / "classes.txt").write_text("a\nb\nc\n")
     _, val, classes = open_labelled(str(tmp_path))
     assert (classes, val.targets.tolist(), val.empty) == (3, [0, 2, 2], ["b"])
+
+
+@pytest.mark.parametrize("text", [b"\xef\xbb\xbfcat\r\nd\xe9g\r\n\r\n", b"cat\nd\xe9g\n \n\n"])
+def test_names_of_classes_as_windows_writes_them(text, tmp_path):
+    tar_of(tmp_path / "0.tar", labelled({"0": 0, "1": 1}))
+    (tmp_path / "classes.txt").write_bytes(text)
+    dataset = open_dataset(str(tmp_path), train=True)
+    assert (dataset.classes, dataset.empty) == (["cat", os.fsdecode(b"d\xe9g")], [])
+    (tmp_path / "list.txt").write_bytes("\ufeff0.tar\r\n\r\n".encode())
+    assert len(open_dataset(str(tmp_path / "list.txt"), train=True)) == 2
 
 
 def test_a_damaged_image_in_a_zip_is_replaced(flags, tmp_path, capsys):
@@ -119,6 +129,133 @@ def test_splits_in_labelled_tars_are_splits(tmp_path):
     assert (len(train), len(val), classes) == (3, 2, 2)
     assert [Path(val.name(i).split(": ")[1]).name for i in range(2)] == ["3.png", "4.png"]
     assert train.groups.tolist() == [3]
+
+
+CLASSES = ("apple", "bus", "train")  # as CIFAR-100, COCO and VOC have them
+
+
+def test_a_class_called_train_in_labelled_tars_is_no_split(tmp_path, caplog):
+    files = labelled({f"{name}/{i}": n for n, name in enumerate(CLASSES) for i in range(3)}, "voc/")
+    path = tar_of(tmp_path / "a.tar", files)
+    train, val, _ = open_labelled(str(path), val_fraction=0.3)
+    assert (len(train), len(val)) == (6, 3)
+    assert f"warning: {path}: all is used: folders named as one split" in caplog.text
+    with pytest.raises(NoSplit):
+        open_dataset(str(path), train=False)
+
+
+@pytest.mark.parametrize("root", ["", "test/"])
+def test_a_class_called_train_within_splits_is_a_class(root, tmp_path):
+    names = {f"{split}/{name}/0": n for split in ("train", "val") for n, name in enumerate(CLASSES)}
+    path = tar_of(tmp_path / "a.tar", labelled({"extra/0": 0, **names}, root))
+    train, val, _ = open_labelled(str(path))
+    for data, split in ((train, "train"), (val, "val")):
+        inside = [data.name(i).split(": ")[1] for i in range(len(data))]
+        assert inside == [f"{root}{split}/{name}/0.png" for name in CLASSES]
+        assert data.left_out["images of no split"] == 1
+    path = tar_of(tmp_path / "b.tar", labelled({n: i for n, i in names.items() if "val/" in n}))
+    assert len(open_dataset(str(path), train=False)) == 3  # alone, it is one
+
+
+def archive_of(path: Path, files: dict[str, bytes]) -> Path:
+    if path.suffix == ".tar":
+        return tar_of(path, files)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+BOTH = pytest.mark.parametrize("suffix", [".zip", ".tar"])
+
+
+@BOTH
+def test_what_lies_beside_the_only_split_of_an_archive_is_told(suffix, tmp_path, caplog):
+    files = {f"{name}/{i}.png": picture(i) for name in CLASSES for i in range(3)}
+    path = archive_of(tmp_path / f"a{suffix}", files)
+    dataset = open_dataset(str(path), train=True)
+    assert (len(dataset), dataset.left_out) == (3, {"images of no split": 6})
+    assert f"warning: {path}: only train/ is used, not apple, bus" in caplog.text
+
+
+@BOTH
+@pytest.mark.parametrize("before", ["./", "../", "/", "../../x/./", ""])
+def test_images_are_those_of_the_folder_it_was_made_of(before, suffix, tmp_path):
+    left = ["@eaDir/3.png", "#recycle/4.png", "A/Thumbs.db", "$RECYCLE.BIN/5.png", ".b/6.png"]
+    names = ["A/1.png", "A/__1.png", "B/__2__.png", *left]
+    files = {name: picture(shade) for shade, name in enumerate(names)}
+    path = archive_of(tmp_path / f"a{suffix}", {f"{before}{n}": c for n, c in files.items()})
+    dataset = open_dataset(str(path), train=True)
+    assert (shades(dataset), dataset.classes, dataset.left_out) == ([0, 1, 2], ["A", "B"], {})
+    assert dataset.name(1) == f"{path}: {before}A/__1.png"
+    for name, content in files.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(content)
+    folder = open_dataset(str(tmp_path / "in"), train=True)
+    assert (shades(folder), folder.classes, folder.left_out) == ([0, 1, 2], ["A", "B"], {})
+
+
+def test_folders_in_zips_of_old_windows_tools_are_folders(tmp_path):
+    names = [f"{split}\\{name}\\1.png" for split in ("train", "val") for name in "AB"]
+    files = {"train\\": b"", "train\\A\\": b""} | {n: picture(i) for i, n in enumerate(names)}
+    path = archive_of(tmp_path / "a.zip", files)
+    train, val, _ = open_labelled(str(path))
+    assert (shades(train), shades(val), train.classes) == ([0, 1], [2, 3], ["A", "B"])
+    assert train.left_out == {}
+    assert val.name(1) == f"{path}: val/B/1.png"
+
+
+@pytest.mark.parametrize("kind", ["USTAR", "GNU", "PAX"])
+def test_names_of_images_in_tars_are_whole(kind, tmp_path):
+    names = [f"{'long' * 20}/{i}/{'name' * 10}.png" for i in range(2)]  # ustar's has two parts
+    names += [f"{'x' * 3000}{i}/\xe9.png" for i in range(2) if kind != "USTAR"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=getattr(tarfile, f"{kind}_FORMAT")) as tar:
+        for shade, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = len(content := picture(shade))
+            tar.addfile(member, io.BytesIO(content))
+    dataset = open_dataset(str(tmp_path / "a.tar"), train=True)
+    assert shades(dataset) == list(range(len(names)))
+    assert [dataset.name(i) for i in range(len(names))] == [f"{tmp_path}/a.tar: {n}" for n in names]
+
+
+def test_names_of_images_in_zips_are_told_apart(tmp_path):
+    """A name without the flag of UTF-8 is in whatever encoding; `zipfile` takes it for cp437."""
+    names = ["A/猫.png", "A/犬.png"]
+    files = {name: picture(i) for i, name in enumerate(["A/xx.png", "A/yy.png", *names])}
+    path = archive_of(tmp_path / "a.zip", files)
+    content = path.read_bytes()
+    for ascii_name, name in zip((b"A/xx", b"A/yy"), names, strict=True):
+        content = content.replace(ascii_name, name[:3].encode("gbk"))
+    path.write_bytes(content)
+    dataset = open_dataset(str(path), train=True)
+    expected = [name.encode("gbk").decode("cp437") for name in names] + names
+    assert [dataset.name(i).partition(": ")[2] for i in range(4)] == expected
+
+
+@pytest.mark.parametrize("pattern", ["p/*/*.tar", "p/{train,val,test}/0.tar", "p", "p/list.txt"])
+def test_folders_of_archives_are_splits(pattern, tmp_path, caplog):
+    """In a folder whose own name is a split's."""
+    root = tmp_path / "test"
+    for shade, name in enumerate(("train", "val", "test", "extra")):
+        (root / "p" / name).mkdir(parents=True)
+        tar_of(root / "p" / name / "0.tar", {"0.png": picture(shade)})
+    (root / "p/list.txt").write_text("train/0.tar\nval/0.tar\n")
+    if pattern == "p":  # whose splits are not at once in it
+        (root / "p").rename(root / "q")
+        (root / "p").mkdir()
+        (root / "q").rename(root / "p/q")
+    assert shades(open_dataset(str(root / pattern), train=True)) == [0]
+    assert shades(open_dataset(str(root / pattern), train=False)) == [1]
+    assert ("not used, as no split's" in caplog.text) == (pattern != "p/list.txt")
+
+
+def test_a_folder_of_one_split_tells_nothing(tmp_path):
+    (tmp_path / "test").mkdir()
+    files = {f"{split}/{i}.png": picture(i) for split in ("train", "val") for i in range(2)}
+    tar_of(tmp_path / "test/a.tar", files)
+    assert len(open_dataset(f"{tmp_path}/*/*.tar", train=False)) == 2
+    assert len(open_dataset(f"{tmp_path}/*/*.tar", train=True)) == 2
 
 
 def test_archives_that_no_split_names_are_told(tmp_path, caplog):
@@ -238,6 +375,7 @@ def test_transparency_is_kept_and_named_datasets_are_made_smaller(tmp_path):
     ("name", "content", "words"),
     [
         ("list.txt", b"\xff\xfe", "list.txt: "),
+        ("list.txt", "a.tar\n".encode("utf-16"), "list.txt: this is not UTF-8: save it as UTF-8"),
         ("list.txt", b"a.png\n", "not .tar, .zip, .parquet: "),
     ],
 )

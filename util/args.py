@@ -65,7 +65,7 @@ def common_flags() -> argparse.ArgumentParser:
         "change the aspect, or add borders; default: the checkpoint's, or else crop")
     add("--flip", choices=("none", "horizontal", "both"),
         help="random flips of training images; default: horizontal (with --augment none: none)")
-    add("--rotate90", action="store_true", help="turn training images by random quarters")
+    add("--rotate90", action="store_true", help="random quarter turns; half turns if not square")
     add("--num_workers", type=number(int, 0, 1024, "[]"), default=10,
         help="loader processes per training process")
     add("--pin_mem", action="store_true", default=True, help="pin memory for GPUs (default)")

@@ -12,10 +12,10 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
 from torchvision import datasets
 
-from util.data.image_folder import ImageFiles, find_split, left_out_words
+from util.data.image_folder import ImageFiles, find_split, left_out_words, unused_beside
 from util.data.images import read_image
 from util.data.labels import Labelled
-from util.data.members import of_split
+from util.data.members import of_splits
 from util.data.shards import Shards, find_archives
 from util.data.source import (
     SPLITS,
@@ -170,6 +170,8 @@ def _open_own(data_path: str, train: bool | None, cache_dir: str) -> Source:
     images = ImageFiles(split or root, cache and cache.with_suffix(".safetensors"))
     if images.archives:
         return _open_archives(images.archives, split or root, train, cache_dir, bool(split))
+    if split and train and (others := unused_beside(split)):
+        logger.warning(f"warning: {root}: only {split.name}/ is used, not {few(others)}")
     if split is None and train is not None:
         if not train:
             _no_split(root, train)
@@ -187,13 +189,13 @@ def _no_split(where: str | Path, train: bool | None) -> NoReturn:
 def _open_archives(
     paths: list[str], where: str | Path, train: bool | None, cache_dir: str, is_split: bool = False
 ) -> Source:
-    """Archives or Parquet files; where their names tell splits, those of one."""
+    """Archives or Parquet files; where their names or folders tell splits, those of one."""
     kinds = sorted({extension_of(path) for path in paths})
     if len(kinds) > 1:
         both = f"holds {' and '.join(kinds)}: name those to use, such as '{where}/*{kinds[0]}'"
         raise UserError(f"--data_path {where}: {both}")
     if not is_split and train is not None:
-        named, other = (of_split(paths, SPLITS[split]) for split in (train, not train))
+        named, other = of_splits(paths, train)
         unused = sorted(set(paths) - {*named, *other}) if named else []
         if unused:
             logger.warning(f"warning: not used, as no split's: {few(unused)}")
@@ -224,7 +226,7 @@ def open_labelled(
     Args:
         nb_classes: what the data must hold, if given.
         val_fraction: if not 0, the share of each class's training images to validate on, instead
-            of the dataset's own validation images; the same ones every time.
+            of the dataset's own validation images; the same ones for the same images.
         cache_dir, labels: as `open_dataset`'s.
     Raises:
         UserError: no labels, one class, different classes for training and validation, another
@@ -258,7 +260,10 @@ def check_classes(dataset: Dataset, data_path: str, nb_classes: int | None = Non
 
 
 def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """[M] of bool, the same ones every time; each part gets at least one image of every class."""
+    """[M] of bool, the same ones for the same labels, though not with an image more or less.
+
+    Each part gets at least one image of every class; of a class of one image, none is held out.
+    """
     shuffled = np.random.default_rng(0).permutation(len(labels))  # whatever --seed is
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):

@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ WORTH_KEEPING = 10_000  # files; fewer are listed within a second even on slow d
 SETTLED = 2 * 10**9  # nanoseconds: the clocks of some file systems are as coarse as that
 
 ARCHIVES = (".tar", ".zip", ".parquet")
-CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")  # not hidden by a dot
-RULES = 4  # what is left out, and in which order; of a list by other rules nothing is believed
+CLUTTER = {"__macosx", "thumbs.db", "desktop.ini"}  # in any case; not hidden by a dot
+CLUTTER |= {"@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
+RULES = 5  # what is left out, and in which order; of a list by other rules nothing is believed
 
 _unwritten: dict[Path, Index] = {}  # by cache file
 
@@ -24,8 +25,8 @@ _unwritten: dict[Path, Index] = {}  # by cache file
 def list_files(root: Path, is_image: Callable[[str], bool], cache: Path | None = None) -> Index:
     """The images below a folder, folder by folder; those of a top folder stand together.
 
-    Links are followed, unless they lead to a folder that they are in; what is hidden, and what
-    macOS leaves in archives, is left out.
+    Links are followed, unless they lead to a folder on the way to them; what is hidden, and what
+    systems leave beside images, is left out.
 
     Args:
         is_image: tells it from the path.
@@ -44,13 +45,15 @@ def list_files(root: Path, is_image: Callable[[str], bool], cache: Path | None =
         return kept
     listing, times = {}, {}
     left_out, archives = Counter(), []
+    ways = {str(root): (os.path.realpath(root),)}
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise):
-        folders[:] = [name for name in folders if _is_shown(name) and not _is_loop(folder, name)]
+        ways |= _ways_on(folder, filter(is_shown, folders), ways.pop(folder))
+        folders[:] = [name for name in folders if os.path.join(folder, name) in ways]
         relative = os.path.relpath(folder, root)
         relative = "" if relative == os.curdir else relative
         times[relative] = os.stat(folder).st_mtime_ns
         listing[relative] = images = []
-        for name in sorted(filter(_is_shown, names)):
+        for name in sorted(filter(is_shown, names)):
             if is_image(path := os.path.join(folder, name)):
                 images.append(name)
                 continue
@@ -85,16 +88,26 @@ def top_of(folder: str) -> str:
     return folder.split(os.sep)[0]
 
 
-def _is_shown(name: str) -> bool:
-    return not name.startswith(".") and name not in CLUTTER
+def is_shown(name: str) -> bool:
+    """Neither hidden nor what systems add."""
+    return not name.startswith(".") and name.lower() not in CLUTTER
 
 
-def _is_loop(folder: str, name: str) -> bool:
-    path = os.path.join(folder, name)
-    if not os.path.islink(path):
-        return False
-    inside, target = os.path.realpath(folder), os.path.realpath(path)
-    return f"{inside}/".startswith(f"{target.rstrip('/')}/")
+def _ways_on(folder: str, names: Iterable[str], way: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The ways to the folders in a folder, but for links that lead back.
+
+    A way has the real paths of the folders whose links it went through, and of where it ends.
+    """
+    found = {}
+    for name in names:
+        path = os.path.join(folder, name)
+        if not os.path.islink(path):
+            found[path] = (*way[:-1], os.path.join(way[-1], name))
+            continue
+        target = os.path.realpath(path)
+        if not any(f"{real}/".startswith(f"{target.rstrip('/')}/") for real in way):
+            found[path] = (*way, target)
+    return found
 
 
 def _raise(error: OSError) -> None:

@@ -9,10 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from util.data.file_list import list_files, top_of
+from util.data.file_list import is_shown, list_files, top_of
 from util.data.images import BadImage, open_image
 from util.data.index import Index
-from util.data.source import EXTENSIONS, SPLITS, SURE_SPLITS, Source, extension_of, few, rebuilt
+from util.data.source import (
+    EXTENSIONS,
+    SPLIT_NAMES,
+    SPLITS,
+    SURE_SPLITS,
+    Source,
+    extension_of,
+    few,
+    rebuilt,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +35,20 @@ def find_split(root: Path, train: bool | None) -> Path | None:
     if len(found) > 1:
         logger.info(f"{order[0]}/ is used, not {few(sorted(set(found) - {order[0]}))}")
     return root / order[0] if order else None
+
+
+def unused_beside(split: Path) -> list[str]:
+    """Folders with images beside a split's, where no other split's is: it may be a class."""
+    with os.scandir(split.parent) as entries:
+        names = {e.name for e in entries if e.is_dir() and is_shown(e.name)} - {split.name}
+    if any(name.lower() in SPLITS[False] for name in names):
+        return []
+    return [name for name in sorted(names) if _holds_images(split.parent / name)]
+
+
+def _holds_images(folder: Path) -> bool:
+    files = itertools.chain.from_iterable(names for _, _, names in os.walk(folder))
+    return any(extension_of(name) in EXTENSIONS and is_shown(name) for name in files)
 
 
 class ImageFiles(Source):
@@ -82,8 +105,7 @@ class ImageFiles(Source):
         return rebuilt, (ImageFiles, self.root, self.index)
 
     def why_no_classes(self) -> str:
-        splits = {name for names in SPLITS.values() for name in names}
-        named = [name for name in self.classes if name.lower() in splits]
+        named = [name for name in self.classes if name.lower() in SPLIT_NAMES]
         if self.stray:
             return f"images lie beside the class folders: {few(self.stray)}"
         # A class may be called train or valid.

@@ -2,24 +2,26 @@
 
 import json
 import os
+import posixpath
 import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from util.data.file_list import CLUTTER
-from util.data.source import EXTENSIONS, SPLITS, extension_of
+from util.data.file_list import is_shown
+from util.data.source import EXTENSIONS, SPLIT_NAMES, SPLITS, extension_of
 
 BLOCK = 512  # a tar's, in bytes
-NAME = 100  # bytes at a header's beginning
 PADDING = 2**20  # bytes after a tar's end mark that are looked at: zeros, or another archive
 LABELS = ("label", "cls", "class")  # of a sample's .json, the first one that is there
 LOCAL_HEADER = 30  # bytes of a zip's member before its name
+UTF8 = 0x800  # a flag of its name; without it, it is in cp437
 DEFLATED = 128  # added to an image's kind
 SIDES = {"cls", "json", "txt"}  # what stands beside an image in a sample
 MOST_SILENT = 100
@@ -32,6 +34,7 @@ class Members:
     Attributes:
         offsets, sizes: where each lies, in bytes; in a zip, where its header does.
         kinds: of each, its number in `EXTENSIONS`, sorted; `DEFLATED` more where it is.
+        heads: blocks of 512 bytes before each that tell its name; 0 in a zip.
         labels: each one's number in `names`, -1 for none.
         splits: 1 of those in a folder of training's name, 2 of validation's, else 0.
         names: labels, or where `by_folder` the folders of the images.
@@ -42,6 +45,7 @@ class Members:
     offsets: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     kinds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    heads: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint16))
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     splits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     names: list[str] = field(default_factory=list)
@@ -51,12 +55,16 @@ class Members:
 
 
 class File(NamedTuple):
-    """A member of an archive: its name, and where its content lies, in bytes."""
+    """A member of an archive: its name, and where its content lies, in bytes.
+
+    `head` are the blocks of a tar before the content that tell the name.
+    """
 
     name: str
     offset: int
     size: int
     kind: int = 0
+    head: int = 0
 
 
 KINDS = sorted(EXTENSIONS)
@@ -82,21 +90,39 @@ def _gather(images: list[File], labels: dict[int, str], found: Members) -> Membe
     found.offsets = np.array([image.offset for image in images], np.int64)
     found.sizes = np.array([image.size for image in images], np.int64)
     found.kinds = np.array([image.kind for image in images], np.uint8)
-    split_of = {folder: _split_of(folder) for folder in set(folders)}
+    found.heads = np.array([image.head for image in images], np.uint16)
+    split_of = _splits_of(set(folders))
     found.splits = np.array([split_of[folder] for folder in folders], np.uint8)
     return found
 
 
-def _split_of(folder: str) -> int:
-    parts = set(folder.lower().split("/"))
-    return next((n for n, train in ((1, True), (2, False)) if parts & {*SPLITS[train]}), 0)
+def _splits_of(folders: set[str]) -> dict[str, int]:
+    """By folder, 1 for training's, 2 for validation's, 0 for neither; by its outermost such name.
+
+    A class below a split may be called train, and so may what all folders lie in.
+    """
+    numbers = {name: n for n, train in ((1, True), (2, False)) for name in SPLITS[train]}
+    shared = len(os.path.commonpath(folders)) if folders else 0
+    for start in (shared, 0):
+        parts = {folder: folder[start:].lower().split("/") for folder in folders}
+        found = {f: next((numbers[p] for p in ps if p in numbers), 0) for f, ps in parts.items()}
+        if {1, 2} <= set(found.values()):
+            break
+    return found
+
+
+def _slashed(name: str) -> str:
+    """A zip's member's name; old tools of Windows have other separators."""
+    return name.replace("\\", "/")
+
+
+def _inside(name: str) -> str:
+    """A member's path without what leads to the folder it was packed in, such as `../`."""
+    return posixpath.normpath(f"/{name}").lstrip("/")
 
 
 def _is_shown(name: str) -> bool:
-    """Not hidden, nor what macOS or WebDataset add."""
-    parts = name.split("/")
-    added = any(part.startswith(".") or part in CLUTTER for part in parts)
-    return not added and not parts[-1].startswith("__")
+    return all(map(is_shown, name.split("/")))
 
 
 def _read_zip(path: str) -> Members:
@@ -104,14 +130,16 @@ def _read_zip(path: str) -> Members:
     with zipfile.ZipFile(path) as archive:
         members = sorted(archive.infolist(), key=lambda member: member.header_offset)
     for member in members:
-        if member.is_dir() or not _is_shown(member.filename):
+        given = _slashed(member.filename)
+        name = _inside(given)
+        if given.endswith("/") or not _is_shown(name):
             continue
-        extension = extension_of(member.filename)
+        extension = extension_of(name)
         readable = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         if extension in EXTENSIONS and readable and not member.flag_bits & 1:
             kind = _KIND[extension] + DEFLATED * (member.compress_type == zipfile.ZIP_DEFLATED)
             place = member.header_offset, member.compress_size
-            images.append(File(member.filename, *place, kind))
+            images.append(File(name, *place, kind))
         elif extension in EXTENSIONS:
             found.left_out["encrypted or of unknown compression"] += 1
         else:
@@ -155,7 +183,7 @@ def _samples(file: BinaryIO, found: Members) -> Iterator[dict[str, File]]:
             if member.offset_data + member.size > size:
                 raise tarfile.ReadError("cut off")
             tar.members = []  # which would fill the memory
-            name = member.name.removeprefix("./")
+            name = _inside(member.name)
             if member.islnk() or member.issym():
                 found.left_out["links"] += 1
             if not member.isreg() or not _is_shown(name):
@@ -165,7 +193,8 @@ def _samples(file: BinaryIO, found: Members) -> Iterator[dict[str, File]]:
             if (folder, stem) != key or extension.lower() in sample:
                 yield sample
                 key, sample = (folder, stem), {}
-            sample[extension.lower()] = File(name, member.offset_data, member.size)
+            head = (member.offset_data - member.offset) // BLOCK
+            sample[extension.lower()] = File(name, member.offset_data, member.size, 0, head)
         found.damage = _what_is_wrong(file, tar.offset, size)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         found.damage = str(error)
@@ -206,37 +235,56 @@ def _what_is_wrong(file: BinaryIO, end: int, size: int) -> str:
     return ""
 
 
-def read_name(fd: int, offset: int, is_zip: bool) -> str:
-    """An image's name in its archive."""
-    if not is_zip:  # in the block before
-        return _text(os.pread(fd, NAME, offset - BLOCK))
-    length, _ = _lengths(fd, offset)
-    return _text(os.pread(fd, length, offset + LOCAL_HEADER))
+def read_name(fd: int, offset: int, head: int) -> str:
+    """An image's name in its archive, as `zipfile` and `tarfile` have it.
+
+    Raises:
+        OSError, tarfile.TarError: it cannot be read.
+    """
+    if head:
+        blocks = os.pread(fd, head * BLOCK, offset - head * BLOCK)
+        if head == 1:
+            return tarfile.TarInfo.frombuf(blocks, tarfile.ENCODING, "surrogateescape").name
+        return tarfile.open(fileobj=BytesIO(blocks), mode="r:").next().name  # which is a long one
+    header = os.pread(fd, LOCAL_HEADER, offset)
+    name = os.pread(fd, _lengths(header)[0], offset + LOCAL_HEADER).partition(b"\0")[0]
+    is_utf8 = int.from_bytes(header[6:8], "little") & UTF8
+    return _slashed(name.decode("utf-8" if is_utf8 else "cp437", "replace"))
 
 
 def read_content(fd: int, offset: int, size: int, is_zip: bool) -> bytes:
     """An image's bytes, as they lie in its archive."""
     if is_zip:
-        offset += LOCAL_HEADER + sum(_lengths(fd, offset))
+        offset += LOCAL_HEADER + sum(_lengths(os.pread(fd, LOCAL_HEADER, offset)))
     return os.pread(fd, size, offset)
 
 
-def _lengths(fd: int, offset: int) -> tuple[int, int]:
+def _lengths(header: bytes) -> tuple[int, int]:
     """Bytes of a zip's member's name, and of what follows it."""
-    header = os.pread(fd, LOCAL_HEADER, offset)
     return int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
 
 
-def _text(name: bytes) -> str:
-    return name.partition(b"\0")[0].decode(errors="replace")
+def of_splits(paths: list[str], train: bool) -> tuple[list[str], list[str]]:
+    """Those of a split, and those of the other, as their names tell, or else their folders'.
+
+    Of a split's names the first one found counts; folders' names, where they tell both splits.
+    """
+    by_name = {path: _words(path) for path in paths}
+    folders = {path: os.path.dirname(os.path.abspath(path)) for path in paths}
+    shared = len(os.path.commonpath(folders.values()))
+    parts = {path: folder[shared:].lower().split(os.sep) for path, folder in folders.items()}
+    by_folder = {
+        p: [name for name in names if name in SPLIT_NAMES][:1] for p, names in parts.items()
+    }
+    named = [_of_both(words, train) for words in (by_name, by_folder)]
+    return next((both for both in named if all(both)), named[0])
 
 
-def of_split(paths: list[str], names: tuple[str, ...]) -> list[str]:
-    """Those whose file names say that they are of a split, by the first of its names found."""
-    for name in names:
-        if found := [path for path in paths if name in _words(path)]:
-            return found
-    return []
+def _of_both(words: dict[str, list[str]], train: bool) -> tuple[list[str], list[str]]:
+    return tuple(
+        next(filter(None, ([p for p in words if name in words[p]] for name in SPLITS[split])), [])
+        for split in (train, not train)
+    )
 
 
 def _words(path: str) -> list[str]:

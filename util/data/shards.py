@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import signal
+import tarfile
 import time
 import zlib
 from collections import Counter
@@ -22,19 +23,28 @@ from util.data.file_list import ARCHIVES, WORTH_KEEPING, keep, top_of
 from util.data.images import BadImage
 from util.data.index import Index, Strings
 from util.data.members import DEFLATED, KINDS, Members, read_content, read_members, read_name
-from util.data.source import SPLITS, SURE_SPLITS, Source, extension_of, few, in_order, rebuilt
+from util.data.source import (
+    SPLIT_NAMES,
+    SPLITS,
+    SURE_SPLITS,
+    Source,
+    extension_of,
+    few,
+    in_order,
+    rebuilt,
+)
 from util.errors import NoSplit, UserError
 from util.parents import end_with_parent
 
 logger = logging.getLogger(__name__)
 
-RULES = 2  # an index by other rules is not believed
+RULES = 3  # an index by other rules is not believed
 SHOWN = 5  # damaged archives that are named
 SLOW = 64  # archives whose indexing is worth a line
 OPEN_FILES = 64  # archives that a process keeps open
 CLASSES = "classes.txt"  # beside the shards: a class's name per line, in the order of its number
 WITHOUT = "name them val-..., or give --val_fraction 0.1"
-COLUMNS = ("offsets", "sizes", "kinds", "labels", "splits")
+COLUMNS = ("offsets", "sizes", "kinds", "heads", "labels", "splits")
 
 
 class Shards(Source):
@@ -57,6 +67,8 @@ class Shards(Source):
             used = f"the {index['counts'][int(number)]:,} images before that are used"
             logger.warning(f"warning: {paths[int(number)]}: {damage[number]}; {used}")
         self._take(Strings.pack(paths), train, where, index)
+        if self.guess:
+            logger.warning(f"warning: {where}: {self.guess}")
 
     def __reduce__(self) -> tuple:
         return rebuilt, (Shards, self.paths, self.train, self.where, self.index)
@@ -69,7 +81,7 @@ class Shards(Source):
         self.left_out = Counter(index.notes["left_out"])
         if damaged := len(index.notes["damage"]):
             self.left_out["ends of damaged archives"] = damaged
-        self.chosen, self.stray = None, False
+        self.chosen, self.stray, self.guess = None, False, ""
         if index.notes["by_folder"]:
             self._take_folders(list(names), train)
         else:
@@ -87,12 +99,29 @@ class Shards(Source):
             self.classes = titles
             present = set(numbers)
             self.empty = [title for n, title in enumerate(titles) if n not in present]
-        wanted = {True: 1, False: 2, None: 0}[self.train]
+        if self.train is not None:
+            self._take_split()
+
+    def _take_split(self) -> None:
+        """Keeps images in folders of a split's name, if there are both splits, or nothing beside.
+
+        Raises:
+            NoSplit: there are none for validation.
+        """
         splits = self.index["splits"]
-        if wanted and splits.any():
-            self._choose(splits == wanted)
-        if self.train is False and (not splits.any() or not len(self.targets)):
+        found = {n for n in range(3) if (splits == n).any()} if splits.any() else {0}
+        are_splits = 0 not in found or found == {0, 1, 2}
+        if are_splits:
+            self._choose(splits == (1 if self.train else 2))
+            self._leave_out(splits == 0)
+        elif found != {0}:
+            self.guess = "all is used: folders named as one split, beside others, may be classes"
+        if self.train is False and not (are_splits and len(self.targets)):
             raise NoSplit(f"{self.where}: no archives for validation; {WITHOUT}")
+
+    def _leave_out(self, mask: np.ndarray) -> None:
+        if count := int(mask.sum()):
+            self.left_out["images of no split"] = count
 
     def _choose(self, mask: np.ndarray) -> None:
         """Keeps some of the images."""
@@ -112,6 +141,11 @@ class Shards(Source):
             raise NoSplit(f"{self.where}: no folder for validation in it; {WITHOUT}")
         taken = np.array([wanted in (None, top_of(f)) for f in folders] + [False])
         if wanted is not None:
+            others = sorted(top for top in tops if top.lower() not in SPLIT_NAMES)
+            unused = np.array([top_of(f) in others for f in folders] + [False])
+            self._leave_out(unused[self.index["labels"]])
+            if any(others) and not any(top.lower() in SPLITS[not train] for top in tops):
+                self.guess = f"only {wanted}/ is used, not {few(list(filter(None, others)))}"
             folders = [f.partition("/")[2] for f in folders]
         tops = [top_of(folder) for folder in folders]
         full = {top for top, take in zip(tops, taken, strict=False) if take}
@@ -126,8 +160,8 @@ class Shards(Source):
             self._choose(taken[self.index["labels"]])
 
     def content(self, index: int) -> tuple[BytesIO, str]:
-        shard, offset, size, kind, is_zip = self._place(index)
-        data = read_content(self._opened(shard), offset, size, is_zip)
+        shard, offset, size, kind, head = self._place(index)
+        data = read_content(self._opened(shard), offset, size, is_zip=not head)
         if len(data) < size:
             raise BadImage("the archive is cut off")
         if kind >= DEFLATED:
@@ -138,10 +172,10 @@ class Shards(Source):
         return BytesIO(data), KINDS[kind % DEFLATED]
 
     def name(self, index: int) -> str:
-        shard, offset, *_, is_zip = self._place(index)
+        shard, offset, _, _, head = self._place(index)
         try:
-            return f"{self.paths[shard]}: {read_name(self._opened(shard), offset, is_zip)}"
-        except (OSError, BadImage):
+            return f"{self.paths[shard]}: {read_name(self._opened(shard), offset, head)}"
+        except (OSError, BadImage, tarfile.TarError):
             return f"{self.paths[shard]}: image {index}"
 
     def identity(self) -> str:
@@ -151,12 +185,11 @@ class Shards(Source):
         sizes, times = self.index["shard_sizes"], self.index["shard_times"]
         return _opened(self.paths[shard], int(sizes[shard]), int(times[shard])).fileno()
 
-    def _place(self, index: int) -> tuple[int, int, int, int, bool]:
-        """An image's archive, offset, size and kind, and whether the archive is a zip."""
+    def _place(self, index: int) -> tuple[int, int, int, int, int]:
+        """An image's archive, offset, size, kind and head."""
         shard = int(np.searchsorted(self.ends, index, side="right"))
         row = index if self.chosen is None else self.chosen[index]
-        offset, size, kind = (int(self.index[column][row]) for column in COLUMNS[:3])
-        return shard, offset, size, kind, extension_of(self.paths[shard]) == ".zip"
+        return shard, *(int(self.index[column][row]) for column in COLUMNS[:4])
 
     def why_no_classes(self) -> str:
         if missing := int((self.targets == -1).sum()):
@@ -179,11 +212,17 @@ def _opened(path: str, size: int, time_ns: int) -> BinaryIO:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """A text file's lines; raises UserError if it cannot be read."""
+    """A text file's lines, but for blank ones at its end; raises UserError if it is none."""
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if "\0" in text:  # as in UTF-16
+        raise UserError(f"{path}: this is not UTF-8: save it as UTF-8")
+    lines = text.split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
 
 
 def find_archives(data_path: str) -> list[str] | None:

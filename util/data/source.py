@@ -20,6 +20,7 @@ EXTENSIONS = frozenset((
 ))  # fmt: skip
 # Names of training's and of validation's images, in any case; the first one found is taken.
 SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation", "test"), None: ()}
+SPLIT_NAMES = frozenset(SPLITS[True] + SPLITS[False])
 LABELS = ("targets", "labels", "_labels")  # names that torchvision's datasets have for them
 SURE_SPLITS = {"val", "validation", "test", "training"}
 
