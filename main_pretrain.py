@@ -72,6 +72,7 @@ def main(args: Namespace) -> None:
     run.resume(model, optimizer=optimizer, scaler=precision.scaler)
     if start:
         start_from(model, start["model"], args.init, start.get("args"))
+        start.clear()  # the memory of all of it
     training = Training(model, loader, optimizer, precision, args, run)
     describe_run(args, model, precision, training.steps)
     preview = preview_images(images, PREVIEW_IMAGES, eval_transform_of(args, crop=1.0)).to(device)

@@ -1,6 +1,8 @@
 """Accuracy and kNN against slow oracles, and the same on two processes as on one."""
 
 import argparse
+import gc
+import os
 
 import numpy as np
 import pytest
@@ -119,3 +121,32 @@ def test_knn_equals_an_oracle(monkeypatch):
 def test_knn_with_fewer_images_than_neighbours():
     train = Features(torch.eye(3), torch.arange(3))
     assert knn_accuracy(train, train) == 100
+
+
+def test_loaders_that_have_ended_keep_no_files_open():
+    """Each evaluation has two new ones."""
+
+    def open_files() -> int:
+        data = [(torch.zeros(2), i % 2, ("", "")) for i in range(12)]
+        keyed = {(0, i): row for i, row in enumerate(data)}
+        loader = eval_loader(Keyed(keyed), FLAGS, torch.device("cpu"), share=False, num_workers=2)
+        assert len(list(loader)) == 4
+        del loader
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    first, *others = [open_files() for _ in range(4)]
+    assert others == [first] * 3
+
+
+class Keyed(Dataset):
+    """By (epoch, index), as `SeededDataset`."""
+
+    def __init__(self, rows: dict):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        return self.rows[key]

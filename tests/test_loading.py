@@ -73,10 +73,13 @@ def test_fine_tuned_checkpoint_brings_its_fc_norm():
     assert_loaded(model, source.state_dict(), "head.")
 
 
-def test_fine_tuned_checkpoint_without_the_pretrained_norm_is_no_encoder_for_a_probe():
+def test_a_probe_of_what_was_fine_tuned_to_pool_before_its_norm_has_a_new_one():
+    """The probe's BatchNorm leaves nothing of the scale and shift that it lacks."""
     weights = downstream(global_pool=True).state_dict()
-    with pytest.raises(UserError, match=r"it has no norm\.weight"):
-        load_encoder(LinearProbe(5, **ENCODER, global_pool=True), weights, "x")
+    probe = LinearProbe(5, **ENCODER, global_pool=True)
+    load_encoder(probe, weights, "x")
+    assert (probe.norm.weight == 1).all()
+    assert torch.equal(probe.blocks[1].mlp.fc1.weight, weights["blocks.1.mlp.fc1.weight"])
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])

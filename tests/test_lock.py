@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -72,6 +73,23 @@ def test_the_second_is_told_who_is_the_first(tmp_path):
     lock.release_locks()
     assert not (tmp_path / lock.LOCK).exists()
     assert locked_elsewhere(tmp_path) == ""
+
+
+def test_a_folder_that_is_removed_during_a_run_is_noticed(tmp_path, monkeypatch):
+    """And the lock of another run that begins there is left alone."""
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    folder = tmp_path / "out"
+    lock.lock_folder(folder)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / lock.LOCK).write_text(json.dumps(lock._myself()))  # as another run's
+    deadline = time.monotonic() + 10
+    while not lock._taken and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with pytest.raises(UserError, match="has been removed or replaced during the run"):
+        lock.check_locks()
+    lock.release_locks()
+    assert (folder / lock.LOCK).exists()
 
 
 def test_a_lock_that_was_left_behind_is_none(of_another, tmp_path):

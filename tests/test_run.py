@@ -238,6 +238,17 @@ def test_other_processes_keep_the_global_batch_if_they_can(
     assert (words in caplog.text) if words else not caplog.text
 
 
+def test_batches_of_as_large_steps_are_said_to_be(photos_run, tmp_path, capsys):
+    flags = [*photos_run, "--warmup_epochs", 0, "--batch_size"]
+    assert run_main(main_pretrain, *flags, 8, "--epochs", 1) == 0
+    capsys.readouterr()
+    again = ["--epochs", 2, "--resume", "auto"]
+    assert run_main(main_pretrain, *flags, 4, "--accum_iter", 2, *again) == 0
+    out = capsys.readouterr().out
+    assert "changed: --batch_size was 8, is 4: steps stay as large" in out
+    assert "changed: --accum_iter was 1, is 2: steps stay as large" in out
+
+
 @pytest.mark.parametrize(("given", "accum_iter"), [(3, 6), (2, 2)])
 def test_a_second_restart_adapts_as_the_first_did(given, accum_iter, tmp_path, monkeypatch):
     """The flags of a run on 4 processes, now on 2 for the second time; other flags are meant."""

@@ -1,6 +1,7 @@
 """Checkpoints are written while training goes on, from a copy, no more often than asked for."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import at_step, in_processes, run_main, state_of, the_error
 
+import main_finetune
 import main_pretrain
 from util.args import finetune_parser
 from util.errors import UserError
@@ -191,3 +193,23 @@ def _scores_of_a_rank(rank: int, folder: str) -> None:
 
 def test_ranks_of_unlike_scores_save_alike(tmp_path):
     in_processes(_scores_of_a_rank, 2, str(tmp_path))
+
+
+def _resume_a_folder_of_its_own(rank: int, folder: str) -> None:
+    flags = ["--data_path", "digits", "--output_dir", f"{folder}/{rank}", "--resume", "auto"]
+    flags += ["--model", "vit_nano_patch4", "--input_size", "8"]
+    run = Run(finetune_parser().parse_args(flags))
+    with pytest.raises(UserError, match="is not the same on all machines"):
+        run.resume(torch.nn.Linear(1, 1))
+
+
+def test_ranks_that_see_other_checkpoints_do_not_train(tmp_path):
+    """As on nodes whose disks are their own."""
+    flags = ["--data_path", "digits", "--output_dir", tmp_path / "0", "--epochs", 1]
+    flags += ["--model", "vit_nano_patch4", "--input_size", 8, "--num_workers", 0]
+    flags += ["--batch_size", 256, "--warmup_epochs", 0, "--device", "cpu"]
+    assert run_main(main_finetune, *flags) == 0
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    state = state_of(tmp_path / "1")
+    checkpoint.save(state | {"epoch": state["epoch"] + 1}, tmp_path / "1" / LAST)
+    in_processes(_resume_a_folder_of_its_own, 2, str(tmp_path))

@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ _watched: dist.Work | None = None  # on the host; it fails if another process en
 _patient_group: dist.ProcessGroup | None = None  # for `from_rank_zero`
 STEP_TIMEOUT = datetime.timedelta(minutes=10)  # a process that is later than this has hung
 GATHERED = 2**14  # rows of each process that are sent at once
+MOST_FILES = 2**16
 POLL = 1e-3  # seconds between looks at a GPU
 RANK_ZERO_TIMEOUT = datetime.timedelta(hours=12)  # it may list a million files, or download them
 
@@ -69,6 +71,7 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
         UserError: no such GPU, or the processes cannot meet at dist_url.
     """
     global _host_group, _patient_group, _watched
+    _allow_files()
     rank, local_rank, world_size = place(args)
     device = choose_device(args.device, local_rank)
     store = meet(args, rank, world_size)
@@ -83,6 +86,14 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     _patient_group = dist.new_group(backend="gloo", timeout=RANK_ZERO_TIMEOUT)
     _watched = None  # that of a run before
     return device
+
+
+def _allow_files() -> None:
+    """As many open files as the system lets this process have: each other rank takes several."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def gloo_interface(nccl: str) -> str:

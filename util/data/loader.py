@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -39,7 +40,8 @@ BAD_LIST = "bad-images.txt"
 SHARED_MEMORY = Path("/dev/shm")
 
 _warned_of: set[str] = set()  # files
-_processes: set[multiprocessing.process.BaseProcess] = set()
+# Weakly: one that has ended keeps files open for as long as it is known.
+_processes: weakref.WeakSet[multiprocessing.process.BaseProcess] = weakref.WeakSet()
 
 
 class DeviceLoader(DataLoader):
@@ -213,10 +215,10 @@ def eval_loader(
 
 def end_loaders() -> None:
     """Kills the loader processes that are left, which may be waiting for a file forever."""
-    while _processes:
-        process = _processes.pop()
+    for process in list(_processes):
         if process.is_alive():
             process.kill()
+    _processes.clear()
 
 
 def explain(error: Exception) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from util.data.source import few
+from util.distributed import from_rank_zero, max_over_ranks
 from util.errors import UserError
 from util.recipes import RECIPES
 
@@ -48,6 +49,15 @@ def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: st
             )
 
 
+def check_same_everywhere(state: dict[str, Any], source: str | Path) -> None:
+    """Raises UserError, on every rank, if another rank has read another checkpoint than rank 0."""
+    place = [state.get(name) for name in ("epoch", "images", "logged_steps")]
+    if max_over_ranks(int(place != from_rank_zero(lambda: place))):
+        raise UserError(
+            f"{source} is not the same on all machines: --output_dir must be a folder they share"
+        )
+
+
 def check_data(
     state: dict[str, Any], data: dict[str, str], classes: list[str], source: str | Path
 ) -> None:
@@ -71,9 +81,20 @@ def check_data(
         raise UserError(f"{source} cannot be resumed: its classes are others ({odd}); {other}")
 
 
-def tell_changes(before: dict[str, Any], flags: dict[str, Any]) -> None:
-    """Prints which flags differ from those of the checkpoint, and what that means."""
-    for name, value in flags.items():
+def tell_changes(
+    state: dict[str, Any], flags: dict[str, Any], given: dict[str, Any], same_steps: bool
+) -> None:
+    """Prints which flags differ from those of the checkpoint, and what that means.
+
+    Args:
+        given: `accum_iter` and `lr` before they were resolved.
+        same_steps: whether the global batch is what it was.
+    """
+    before = OLD | state["args"] if "args" in state else {}
+    before |= {"lr": given["lr"]}
+    before |= {name: state[key] for name in given if (key := f"given_{name}") in state}
+    for name, value in (flags | given).items():
         if name in before and before[name] != value and name not in INDIFFERENT:
             meaning = MEANING.get(name, "it holds from here on")
+            meaning = "steps stay as large" if meaning == IMAGES and same_steps else meaning
             logger.info(f"changed: --{name} was {before[name]}, is {value}: {meaning}")

@@ -90,11 +90,12 @@ def _write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # so that the rename survives a power cut
-        finally:
-            os.close(folder)
+        with contextlib.suppress(OSError):  # not every file system can
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # so that the rename survives a power cut
+            finally:
+                os.close(folder)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):  # the disk may have become read-only
             temporary.unlink()

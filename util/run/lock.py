@@ -55,7 +55,7 @@ def _take(folder: Path, path: Path) -> tuple[IO[str], str]:
     while True:
         file = open(path, "a+")  # noqa: SIM115 (kept open)
         locked = _lock(file)
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        if _is_there(path, file):
             break
         file.close()  # its owner has just removed it
     owner = _owner(file, patient=locked is False)
@@ -81,6 +81,11 @@ def _take(folder: Path, path: Path) -> tuple[IO[str], str]:
     return file, content
 
 
+def _is_there(path: Path, file: IO[str]) -> bool:
+    """Whether an open lock file still has its path, and no other one."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
 def check_locks() -> None:
     """Raises UserError if another run has taken a folder, as this one gave no sign of life."""
     if _taken:
@@ -99,7 +104,9 @@ def _beat(ended: threading.Event) -> None:
     while not ended.wait(BEAT):
         for path, (file, content) in list(_held.items()):
             with contextlib.suppress(OSError, ValueError):
-                if (last := _owner(file, patient=True)) != json.loads(content):
+                if not _is_there(path, file):
+                    _taken.append(f"{path.parent} has been removed or replaced during the run")
+                elif (last := _owner(file, patient=True)) != json.loads(content):
                     _taken.append(f"{path.parent} has been taken by {_words(last)}")
                 else:
                     os.utime(path)
@@ -113,7 +120,7 @@ def release_locks() -> None:
         _beating = None
     for path, (file, content) in _held.items():
         with contextlib.suppress(OSError):
-            if _owner(file) == json.loads(content):
+            if _is_there(path, file) and _owner(file) == json.loads(content):
                 path.unlink()
         file.close()
     _held.clear()

@@ -22,7 +22,7 @@ from util.errors import Stopped, UserError
 from util.lr_sched import global_batch, scale_learning_rate
 from util.misc import MetricLogger
 from util.run.background import Background, HostCopy
-from util.run.changes import OLD, check_data, check_experiment, tell_changes
+from util.run.changes import check_data, check_experiment, check_same_everywhere, tell_changes
 from util.run.checkpoint import BEST, LAST, NUMBERED, copy_file, load, save
 from util.run.folder import claim_folder, open_folder
 from util.run.interrupt import Interrupts
@@ -132,6 +132,7 @@ class Run:
         """
         self._model, self._states = model, states
         state, path = self._resumed, self.source
+        check_same_everywhere(state, path)
         if not state:
             return
         if missing := {*states, "epoch"} - state.keys():
@@ -154,10 +155,8 @@ class Run:
         logger.info(f"resumed {path}: {place}")
         if self.folder is not None and Path(path).resolve() == (self.folder / LAST).resolve():
             self._saved = place
-        given = {name: state[key] for name in self._given if (key := f"given_{name}") in state}
-        before = (OLD if "args" in state else {}) | state.get("args", {})
-        before |= {"lr": self._given["lr"]} | given
-        tell_changes(before, vars(self.args) | self._given)
+        same_steps = state.get("global_batch") == global_batch(self.args)
+        tell_changes(state, vars(self.args), self._given, same_steps)
         if self.epoch >= (epochs := self.args.epochs):
             logger.info(f"all {epochs} epochs are done; a larger --epochs trains longer")
 
