@@ -59,7 +59,8 @@ class Shards(Source):
         self._take(Strings.pack(paths), train, where, index)
 
     def __reduce__(self) -> tuple:
-        return rebuilt, (Shards, self.paths, self.train, self.where, self.index)
+        state = self.paths, self.train, self.where, self.index
+        return rebuilt, (Shards, self.renumbered, *state)
 
     def _take(self, paths: Strings, train: bool | None, where: str, index: Index) -> None:
         """Sets all attributes; what can be taken from the index is not copied."""
