@@ -141,8 +141,7 @@ def open_image(file: str | BytesIO, name: str = "") -> Image.Image | NotPillows:
         sideways = image.format == "TIFF" and orientation(image) != UPRIGHT
         if sideways and isinstance(file, str):  # Pillow scrambles those that it maps into memory
             deep, image = image.deep, Image.open(BytesIO(Path(file).read_bytes()), formats=FORMATS)
-            image.load()
-            image.deep, image.source = deep, file
+            image.deep, image.source = deep, file  # not loaded: its orientation would be lost
         return image
     except BadImage:
         raise
