@@ -12,7 +12,14 @@ from torch.utils.data import Dataset
 
 from util.data.image_folder import left_out_words
 from util.data.images import BadImage, NotPillows, is_deep, loses_bits, upright_size
-from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels, dtype_range, read_array
+from util.data.pixels import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Pixels,
+    dtype_range,
+    read_array,
+    without_alpha,
+)
 from util.data.source import Source
 from util.distributed import from_rank_zero
 from util.errors import UserError
@@ -115,7 +122,8 @@ class Survey:
         self.kinds[f"{name} {array.dtype}"] += 1
         if array.dtype.kind in "ub":
             self.limit = max(self.limit, dtype_range(array)[1])
-        low, high = float(np.nanmin(array)), float(np.nanmax(array))
+        used = without_alpha(array, kind, self.args.in_chans or 3)
+        low, high = float(np.nanmin(used)), float(np.nanmax(used))
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def words(self, split: str) -> str:
@@ -230,9 +238,10 @@ def _range_of(images: Any, args: argparse.Namespace) -> tuple[float, float]:
     values = []
     for image in images:
         try:
-            array, _ = read_array(image, args.pages or "first")
+            array, kind = read_array(image, args.pages or "first")
         except BadImage:
             continue
+        array = without_alpha(array, kind, args.in_chans)
         values.append(_some(array.reshape(-1, array.shape[2])).astype(np.float64).ravel())
     if not values:
         raise UserError("--pixel_range auto: no image can be read")
