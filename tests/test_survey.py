@@ -1,9 +1,12 @@
 """What is measured and told of images before a run."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_shards
+from PIL import Image
 from test_pixels import INTERLEAVED, write
 
 from util.args import pretrain_parser
@@ -38,3 +41,32 @@ def test_alpha_that_is_dropped_is_not_measured(colours, dtype, chans, tmp_path):
     args, words = settled(tmp_path, in_chans=colours + 1, pixel_range="auto")
     assert args.pixel_range[1] == most
     assert f"values 0 to {most}" in words
+
+
+def stack(path: Path, side: int = 32) -> bytes:
+    """A file of five pages or frames."""
+    first, *others = (Image.fromarray(p) for p in RNG.integers(0, 256, (5, side, side), np.uint8))
+    first.save(path, save_all=True, append_images=others)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".gif"])
+def test_files_cut_off_after_the_first_page(suffix, tmp_path, caplog):
+    """Wherever they are. Training reads the first; all pages of a good file alone."""
+    content = stack(tmp_path / f"a{suffix}")
+    for share in np.linspace(0.35, 0.95, 25):
+        (tmp_path / f"b{suffix}").write_bytes(content[: int(share * len(content))])
+        _, words = settled(tmp_path)
+        assert re.search("all looked at: (grey|RGB) uint8, 32 x 32 pixels, values 0 to 255$", words)
+        assert "warning: 2 of 2 images have several frames or pages" in caplog.text
+        caplog.clear()
+        assert "2 images" in settled(tmp_path, pages="channels", in_chans=5)[1]
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".gif"])
+def test_large_files_cut_off_after_the_first_page_are_written_as_they_are(suffix, tmp_path):
+    content = stack(tmp_path / f"a{suffix}")
+    (tmp_path / f"a{suffix}").write_bytes(content[: int(len(content) * 0.5)])
+    out = write_shards(tmp_path, tmp_path / "out", "--max_side", 16)
+    kept, _ = open_dataset(str(out), train=True).content(0)
+    assert kept.getvalue() == (tmp_path / f"a{suffix}").read_bytes()

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from util.data.images import BadImage, NotPillows, is_deep, open_image, to_8_bits
+from util.data.images import BadImage, NotPillows, has_pages, is_deep, open_image, to_8_bits
 from util.data.pixels import ALPHA
 from util.data.shards import CLASSES
 from util.data.source import EXTENSIONS, Source, classes_of, extension_of, name_of
@@ -216,7 +216,7 @@ def _sample(index: int) -> tuple[bytes, str, int, str]:
         return data, extension, label, "as they were"
     special = isinstance(image, NotPillows) or is_deep(image) or image.mode in ALPHA
     special = special or "transparency" in image.info
-    if special or (getattr(image, "n_frames", 1) > 1 and image.format != "MPO"):
+    if special or has_pages(image):
         what = "as they were, though large: of more than 8 bits, alpha, pages"
         return data, extension, label, what
     return *_smaller(image), label, "made smaller"

@@ -104,6 +104,17 @@ def is_deep(image: Image.Image | NotPillows) -> bool:
     return image.deep
 
 
+def has_pages(image: Image.Image | NotPillows) -> bool:
+    """Whether a file has several frames or pages, good or broken; it may no longer be at the first.
+
+    A phone's photo, which holds small copies of itself, has one.
+    """
+    try:
+        return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+    except Exception:  # readers raise all kinds where what follows the first is broken
+        return True
+
+
 def loses_bits(image: Image.Image) -> bool:
     """Whether an AVIF or a JPEG 2000 of colours has more than the 8 bits that Pillow reads."""
     content = content_of(image)

@@ -11,7 +11,16 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from util.data.image_folder import left_out_words
-from util.data.images import BadImage, NotPillows, is_deep, loses_bits, upright_size
+from util.data.images import (
+    BadImage,
+    NotPillows,
+    content_of,
+    has_pages,
+    is_deep,
+    loses_bits,
+    open_image,
+    upright_size,
+)
 from util.data.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -105,15 +114,15 @@ class Survey:
 
     def _look_at(self, image: Image.Image | NotPillows) -> None:
         size = upright_size(image)
-        # A phone's photo holds small copies of itself.
-        frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+        if paged := has_pages(image):
+            image = open_image(content_of(image))  # at the first page
         if image.format == "JPEG":  # an eighth of the size tells enough
             image.draft(None, (1, 1))
         array, kind = read_array(image, self.args.pages or "first")
         self.sizes.append(size)
         if image.format in ("AVIF", "JPEG2000") and array.dtype == np.uint8:
             self.lossy += loses_bits(image)
-        self.paged += frames > 1
+        self.paged += paged
         self.alpha += kind == "alpha"
         channels = array.shape[2]
         names = {("colour", 1): "grey", ("colour", 3): "RGB"}
