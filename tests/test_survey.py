@@ -1,6 +1,9 @@
 """What is measured and told of images before a run."""
 
 import re
+import tracemalloc
+from argparse import Namespace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +11,11 @@ import pytest
 from conftest import write_shards
 from PIL import Image
 from test_pixels import INTERLEAVED, write
+from torch.utils.data import Dataset
 
 from util.args import pretrain_parser
-from util.data.survey import settle_pixels
+from util.data.images import open_image
+from util.data.survey import _some, settle_pixels
 from util.datasets import open_dataset
 
 RNG = np.random.default_rng(0)
@@ -70,3 +75,50 @@ def test_large_files_cut_off_after_the_first_page_are_written_as_they_are(suffix
     out = write_shards(tmp_path, tmp_path / "out", "--max_side", 16)
     kept, _ = open_dataset(str(out), train=True).content(0)
     assert kept.getvalue() == (tmp_path / f"a{suffix}").read_bytes()
+
+
+def measured(shape: tuple[int, int], chans: int) -> tuple[Namespace, np.ndarray, int]:
+    """Flags settled for 40 images, the first of those, and how much memory it took."""
+    array = (RNG.random((*shape, chans)) * 4095).astype(np.float32)
+
+    class Images(Dataset):
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            buffer = BytesIO()
+            np.save(buffer, array + np.float32(index))
+            return open_image(buffer, "a.npy"), 0
+
+    args = pretrain_parser().parse_args(["--data_path", "x"])
+    args.in_chans, args.pixel_range = chans, "auto"
+    args.pixel_mean = args.pixel_std = "auto"
+    tracemalloc.start()
+    try:
+        settle_pixels(args, train=Images())
+        return args, array, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("shape", "chans"), [((210, 100), 200), ((1024, 1024), 1), ((256, 256), 24)], ids=str
+)
+def test_what_is_measured_fits_memory(shape, chans):
+    """Of a thousand images; those are not kept whole, however many channels they have."""
+    args, array, peak = measured(shape, chans)
+    values = np.concatenate([array.ravel() + i for i in range(0, 40, 4)])
+    assert args.pixel_range == pytest.approx(np.percentile(values, (0.1, 99.9)), abs=25)
+    low, high = args.pixel_range
+    channel = (np.stack([array[..., 0] + i for i in range(40)]) - low) / (high - low)
+    assert args.pixel_mean[0] == pytest.approx(channel.mean(), abs=0.02)
+    assert args.pixel_std[0] == pytest.approx(channel.std(), abs=0.02)
+    taken = 40 * 3 * 8192  # values: of three channels, or as many of more
+    assert peak < 4 * 8 * taken + 8 * array.nbytes
+
+
+def test_grey_and_rgb_are_measured_at_the_same_pixels():
+    """Whatever is done for many channels: at each n-th."""
+    for count, chans in ((100, 3), (5000, 1), (8191, 3), (50_000, 3), (10**6, 1)):
+        rows = RNG.random((count, chans))
+        assert np.array_equal(_some(rows), rows[:: max(1, count // 4096)])

@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 SOME = 10_000_000  # labels counted at once: bounds the memory for it
 LOOKED_AT, MEASURED = 100, 1000  # images: for the words, and for ranges, means and deviations
-PER_IMAGE = 4096  # values of each channel that a measurement takes
+PER_IMAGE = 4096  # pixels that a measurement takes at least, and less than twice of,
+VALUES = 6 * PER_IMAGE  # up to so many values of all channels: fewer pixels of more than 3
 TAILS = (0.1, 99.9)  # percentiles that `--pixel_range auto` maps to 0 and 1
 UNUSED = 8  # a range that is wider than the values by this much is worth a word
 PIXEL_FLAGS = ("in_chans", "pages", "pixel_range", "pixel_mean", "pixel_std")
@@ -251,10 +252,10 @@ def _range_of(images: Any, args: argparse.Namespace) -> tuple[float, float]:
         except BadImage:
             continue
         array = without_alpha(array, kind, args.in_chans)
-        values.append(_some(array.reshape(-1, array.shape[2])).astype(np.float64).ravel())
+        values.append(_some(array.reshape(-1, array.shape[2])).ravel())
     if not values:
         raise UserError("--pixel_range auto: no image can be read")
-    together = np.concatenate(values)
+    together = np.concatenate(values, dtype=np.float64)
     low, high = np.percentile(together[np.isfinite(together)], TAILS)
     if low == high:
         raise UserError(f"--pixel_range auto: all pixels are {low:g}")
@@ -271,13 +272,19 @@ def _moments(dataset: Dataset, pixels: Pixels) -> tuple[list[float], list[float]
             continue
     if not rows:
         raise UserError("no image can be read to measure mean and deviation")
-    together = np.concatenate(rows).astype(np.float64) / 255
+    together = np.concatenate(rows, dtype=np.float64)
+    together /= 255
     deviation = np.maximum(together.std(axis=0), 1e-3)  # of a constant channel
     return [[float(f"{v:.4g}") for v in found] for found in (together.mean(axis=0), deviation)]
 
 
 def _some(rows: np.ndarray) -> np.ndarray:
-    return rows[:: max(1, len(rows) // PER_IMAGE)]
+    """A copy of some of an image's pixels [M, C], without which all of it would be kept."""
+    rows = rows[:: max(1, len(rows) // PER_IMAGE)]
+    if rows.size > VALUES:  # by chance: a longer step might see one column only
+        count = VALUES // rows.shape[1]
+        return rows[np.random.default_rng(0).choice(len(rows), count, replace=False)]
+    return rows.copy()
 
 
 def _sample(dataset: Dataset, count: int) -> Iterator[Image.Image | NotPillows]:
