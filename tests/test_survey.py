@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 
 from util.args import pretrain_parser
 from util.data.images import open_image
-from util.data.survey import _some, settle_pixels
+from util.data.survey import PIXEL_FLAGS, _some, _words, inherit_pixels, settle_pixels
 from util.datasets import open_dataset
+from util.errors import UserError
 
 RNG = np.random.default_rng(0)
 
@@ -122,3 +123,57 @@ def test_grey_and_rgb_are_measured_at_the_same_pixels():
     for count, chans in ((100, 3), (5000, 1), (8191, 3), (50_000, 3), (10**6, 1)):
         rows = RNG.random((count, chans))
         assert np.array_equal(_some(rows), rows[:: max(1, count // 4096)])
+
+
+# A flag; what it is here; what a checkpoint has; whether that means something else.
+GIVEN = [
+    ("pixel_range", [0.0, 4095.0], None, True),
+    ("pixel_range", [0.0, 4095.0], "dtype", True),
+    ("pixel_range", [0.0, 4095.0], [0.0, 255.0], True),
+    ("pixel_range", [0.0, 255.0], "dtype", True),
+    ("pixel_range", [0.0, 255.0], None, False),  # whose images have 8 bits
+    ("pixel_range", "dtype", None, False),
+    ("pixel_range", "dtype", "dtype", False),
+    ("pixel_range", "dtype", [0.0, 4095.0], True),
+    ("pixel_range", "auto", None, True),
+    ("pixel_range", "auto", "dtype", True),
+    ("pages", "channels", None, True),
+    ("pages", "first", None, False),
+    ("in_chans", 1, None, True),
+    ("in_chans", 3, None, False),
+    ("pixel_mean", [0.5], [0.4], True),
+]
+
+
+@pytest.mark.parametrize(("name", "ours", "theirs", "differs"), GIVEN)
+@pytest.mark.parametrize("strict", [True, False])
+def test_flags_that_mean_something_else_are_said(name, ours, theirs, differs, strict, caplog):
+    flags = dict.fromkeys(PIXEL_FLAGS) | {name: theirs}
+    args = Namespace(**dict.fromkeys(PIXEL_FLAGS) | {name: ours}, resize=None)
+    words = f"--{name} is {_words(ours)}, but "
+    if differs and strict:
+        with pytest.raises(UserError, match=f"{words}.* in x.pth"):
+            inherit_pixels(args, flags, "x.pth", strict)
+    else:
+        inherit_pixels(args, flags, "x.pth", strict)
+        assert (f"warning: {words}" in caplog.text) == differs
+    assert getattr(args, name) == ours
+    caplog.clear()
+    for unknown in ({}, {"epochs": 3}):  # no checkpoint, or somebody else's
+        inherit_pixels(args, unknown, "x.pth", strict)
+    for left_open in PIXEL_FLAGS:
+        setattr(args, left_open, None)
+    inherit_pixels(args, flags, "x.pth", strict)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "taken"),
+    [("pad", "crop", "pad"), ("pad", "pad", "pad"), (None, "pad", "pad"), ("pad", None, "pad")],
+)
+def test_another_resize_is_said(ours, theirs, taken, caplog):
+    args = Namespace(**dict.fromkeys(PIXEL_FLAGS), resize=ours)
+    inherit_pixels(args, {"resize": theirs}, "x.pth", strict=True)
+    assert args.resize == taken
+    said = "warning: --resize is pad, but crop in x.pth" in caplog.text
+    assert said == (theirs == "crop")

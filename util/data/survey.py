@@ -42,6 +42,8 @@ VALUES = 6 * PER_IMAGE  # up to so many values of all channels: fewer pixels of 
 TAILS = (0.1, 99.9)  # percentiles that `--pixel_range auto` maps to 0 and 1
 UNUSED = 8  # a range that is wider than the values by this much is worth a word
 PIXEL_FLAGS = ("in_chans", "pages", "pixel_range", "pixel_mean", "pixel_std")
+# What a checkpoint without a value was trained with; its images had 8 bits.
+UNSAID = {"in_chans": (3,), "pages": ("first",), "pixel_range": ("dtype", [0, 255])}
 
 
 def inherit_pixels(
@@ -50,22 +52,25 @@ def inherit_pixels(
     """Takes what flags say of pixels, and `--resize`, from a checkpoint's, unless they are given.
 
     Raises:
-        UserError: those of pixels differ, and `strict`; otherwise a warning says so.
+        UserError: those of pixels differ, and `strict`; otherwise, and of `--resize`, a warning
+            says so.
     """
-    args.resize = args.resize or flags.get("resize")
-    for name in PIXEL_FLAGS:
+    theirs = flags.get("resize") or args.resize
+    args.resize = args.resize or theirs
+    if args.resize != theirs:
+        logger.warning(f"warning: --resize is {args.resize}, but {theirs} in {source}")
+    for name in PIXEL_FLAGS if flags.keys() & set(PIXEL_FLAGS) else ():
         theirs, ours = flags.get(name), getattr(args, name)
-        if theirs in (None, "dtype"):  # which the data decide
-            continue
         other = args.in_chans not in (None, flags.get("in_chans") or 3)
         if other and name.startswith("pixel_"):  # of other channels
             continue
-        if ours in (None, "auto"):
+        alike = UNSAID.get(name, (ours,)) if theirs is None else (theirs,)
+        if ours in (None, "auto") and theirs not in (None, "dtype"):  # which the data decide
             setattr(args, name, theirs)
             if ours == "auto":
                 logger.info(f"--{name} {_words(theirs)}, as {source} has it")
-        elif ours != theirs:
-            differs = f"--{name} is {_words(ours)}, but {_words(theirs)} in {source}"
+        elif ours is not None and ours not in alike:
+            differs = f"--{name} is {_words(ours)}, but {_words(alike[0])} in {source}"
             if strict:
                 raise UserError(differs)
             logger.warning(f"warning: {differs}")
