@@ -119,7 +119,8 @@ def write_split(data: Dataset, folder: Path, args: argparse.Namespace) -> int:
         order = np.random.default_rng(args.seed).permutation(order)
     classes = classes_of(data)
     if classes != [""]:
-        (folder / CLASSES).write_text("".join(f"{name}\n" for name in classes))
+        lines = "".join(f"{name}\n" for name in classes)
+        (folder / CLASSES).write_text(lines, "utf-8", "surrogateescape")
     starts = range(0, len(data), args.shard_images)
     digits = max(5, len(str(len(starts))))
     paths = {start: folder / f"{n:0{digits}d}.tar" for n, start in enumerate(starts)}

@@ -200,8 +200,8 @@ def to_8_bits(image: Image.Image | NotPillows, mode: str = "RGB", shrink: int = 
         raise BadImage("not of 8 bits, as others are: --pixel_range dtype reads them all")
     try:
         if shrink > 1:
-            width, height = image.size
-            image.draft(mode, (width // shrink, height // shrink))  # affects only JPEGs
+            size = [max(1, side // shrink) for side in image.size]
+            image.draft(mode, size)  # affects only JPEGs
         image.load()
         if orientation(image) != UPRIGHT:
             image = ImageOps.exif_transpose(image)

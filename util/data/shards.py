@@ -180,11 +180,11 @@ def _opened(path: str, size: int, time_ns: int) -> BinaryIO:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """A text file's lines; raises UserError if it cannot be read."""
+    """A text file's lines, as names of files are; raises UserError if it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        return Path(path).read_text("utf-8", "surrogateescape").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def find_archives(data_path: str) -> list[str] | None:
