@@ -12,6 +12,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import Tensor
 
+from util.crop import Box, TorchCrop
 from util.data.augment import AFTER, BEFORE, BLUR_RADIUS, IDENTITY, augment
 from util.data.images import NotPillows, upright_size
 from util.data.loader import to_device
@@ -136,7 +137,7 @@ class TwoCrops:
             if self.level == "none":
                 boxes.append(middle_box(height, width, self.size[1] / self.size[0]))
             else:
-                boxes.append(T.RandomResizedCrop.get_params(canvas, self.crop_scale, self.aspect))
+                boxes.append(TorchCrop.get_params(canvas, self.crop_scale, self.aspect))
             parameters.append(
                 draw_parameters(self.blur_prob, self.jitter) if self.level == "ssl" else UNCHANGED
             )
@@ -176,7 +177,7 @@ def two_crops(args: Namespace) -> TwoCrops:
     )
 
 
-def middle_box(height: int, width: int, aspect: float) -> tuple[int, int, int, int]:
+def middle_box(height: int, width: int, aspect: float) -> Box:
     """Top, left, height and width of the largest box in the middle; aspect is width by height."""
     tall, wide = min(height, round(width / aspect)), min(width, round(height * aspect))
     tall, wide = max(tall, 1), max(wide, 1)
@@ -184,10 +185,7 @@ def middle_box(height: int, width: int, aspect: float) -> tuple[int, int, int, i
 
 
 def cut(
-    image: Image.Image | NotPillows,
-    boxes: list[tuple[int, int, int, int]],
-    size: Side,
-    pixels: Pixels = RGB,
+    image: Image.Image | NotPillows, boxes: list[Box], size: Side, pixels: Pixels = RGB
 ) -> list[Tensor]:
     """Crops [C, H, W] of a size, resized with antialiasing, as `Pixels.decode` has them.
 

@@ -1,17 +1,20 @@
 """Which images are seen, in which order, and what their augmentation depends on."""
 
 import pickle
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
 from util.data.order import EpochSampler, SeededDataset
+from util.data.source import Part, match_classes
 from util.data.transforms import eval_transform
 from util.datasets import NAMED, open_dataset
 from util.errors import UserError
@@ -213,3 +216,34 @@ def test_preview_shows_images_of_all_classes(digits):
 
 def test_nothing_downloaded_is_tracked():
     assert "/data/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def labelled(photos: Path, tmp_path: Path) -> Dataset:
+    images = open_dataset(str(photos), train=False)
+    rows = (f"{name},{i % 2}\n" for i, name in enumerate(images.relative_names()))
+    (tmp_path / "labels.csv").write_text("file,label\n" + "".join(rows))
+    return open_dataset(str(photos), False, labels=str(tmp_path / "labels.csv"))
+
+
+@pytest.mark.parametrize("kind", ["photos", "shards", "table", "zip", "csv"])
+@pytest.mark.parametrize("part", [False, True])
+def test_renumbered_classes_go_to_other_processes(kind, part, request, photos, tmp_path):
+    """Twice: a checkpoint's classes may come after those of the training images."""
+    if kind == "csv":
+        data = labelled(photos, tmp_path)
+    else:
+        if kind == "zip":
+            path = shutil.make_archive(str(tmp_path / "photos"), "zip", photos)
+        data = open_dataset(str(path if kind == "zip" else request.getfixturevalue(kind)), False)
+    first, second = data.classes
+    names = [data.classes[label] for label in data.targets]
+    if part:
+        data = Part(data, np.arange(len(data)) % 3 > 0)
+        names = [names[i] for i in data.indices]
+    for classes in ([second, first], [first, second], [second, first]):
+        match_classes(data, classes, data.classes, "x")
+        again = pickle.loads(pickle.dumps(data))
+        for found in (data, again):
+            assert found.classes == classes
+            assert [found.classes[label] for label in found.targets] == names
+            assert [found[i][1] for i in range(len(found))] == found.targets.tolist()

@@ -128,9 +128,13 @@ def test_shrunk_jpegs_are_turned_upright_too(turn):
     torch.testing.assert_close(crop.int(), expected.int(), rtol=0, atol=1)
 
 
-def finetune_transform(size: int):
-    flags = ["--data_path", "x", "--model", "vit_tiny_patch4", "--input_size", str(size)]
-    return build_transform(True, finetune_parser().parse_args(flags))
+def finetune_transform(size: tuple[int, int], *more: str):
+    flags = ["--data_path", "x", "--model", "vit_tiny_patch4", "--input_size", *map(str, size)]
+    return build_transform(True, finetune_parser().parse_args([*flags, *more]))
+
+
+def deep_transform(size: tuple[int, int]):
+    return finetune_transform(size, "--pixel_range", "0", "255")
 
 
 TRANSFORMS = {
@@ -138,18 +142,21 @@ TRANSFORMS = {
     "eval": eval_transform,
     "probe": probe_transform,
     "finetune": finetune_transform,
+    "finetune, deep": deep_transform,
 }
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (1, 30_000)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (1, 500), (500, 1), (1, 30_000)])
+@pytest.mark.parametrize("wanted", [(8, 8), (4, 32), (32, 4)])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_images_of_one_pixel_are_images(transform, size):
-    data = SeededDataset([(Image.new("RGB", size, (9, 99, 199)), 3)], TRANSFORMS[transform](8), 0)
+def test_images_of_one_pixel_are_images(transform, wanted, size):
+    transform, image = TRANSFORMS[transform](wanted), Image.new("RGB", size, (9, 99, 199))
+    data = SeededDataset([(image, 3)], transform, 0)
     for epoch in range(20):
         views, label, bad = data[epoch, 0]
         assert (label, bad) == (3, ("", ""))
         for view in views if isinstance(views, list) else [views]:
-            assert view.shape == (3, 8, 8)
+            assert view.shape == (3, *wanted)
             assert view.isfinite().all()
 
 

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -284,3 +285,29 @@ def test_tiffs_are_upright_however_they_are_read(turn, tmp_path):
     upright = {1: VALUES, 3: np.rot90(VALUES, 2), 6: np.rot90(VALUES, -1), 8: np.rot90(VALUES)}
     wanted = expected(upright[turn][..., :1].copy())
     torch.testing.assert_close(decoded(deep, in_chans=1), wanted, rtol=0, atol=2e-5)
+
+
+# Each sample of an image of its own value; upright, by EXIF's orientation.
+UPRIGHT = {
+    1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1), 6: lambda a: a[::-1].swapaxes(0, 1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: a[:, ::-1].swapaxes(0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("turn", UPRIGHT)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint32", "int32", "float32"])
+@pytest.mark.parametrize("chans", [1, 3, 4, 5])
+def test_tiffs_of_any_kind_are_upright_in_folders_and_archives(chans, dtype, turn, tmp_path):
+    values = (VALUES[..., :chans] >> (8 if dtype == "uint8" else 1)).astype(dtype)
+    kwargs = {"photometric": "rgb" if chans in (3, 4) else "minisblack"}
+    kwargs |= {"planarconfig": "contig"} if chans > 1 else {}
+    file = tmp_path / "a.tif"
+    array = values if chans > 1 else values[..., 0]
+    write(file, array, extratags=[(274, "H", 1, turn, True)], **kwargs)
+    for source in (str(file), BytesIO(file.read_bytes())):
+        image = open_image(source, "a.tif")
+        size = images.upright_size(image)
+        found, _ = read_array(image)
+        assert np.array_equal(found, UPRIGHT[turn](values))
+        assert size == found.shape[1::-1]

@@ -120,6 +120,10 @@ def test_classes_go_by_their_names(data, trained, tmp_path, capsys):
     torch.save(state, tmp_path / "turned/checkpoint-last.pth")
     assert weigh(data, tmp_path / "turned") == 0
     assert capsys.readouterr().out.strip().splitlines()[-1].endswith(expected)
+    words = ["--data_path", data, *TINY_VIT, "--batch_size", 5, "--output_dir", "", "--eval"]
+    words += ["--resume", tmp_path / "turned/checkpoint-last.pth"]
+    done = python("main_linprobe.py", *words, processes=2)  # of which one has opened the data
+    assert done.stdout.strip().splitlines()[-1].endswith(expected), done.stderr
     (tmp_path / "data/val/b").rename(tmp_path / "data/val/bee")
     assert weigh(tmp_path / "data", trained) == 1
     assert "2 classes are in one only: b (" in (line := the_error(capsys.readouterr().err))

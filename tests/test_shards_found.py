@@ -371,6 +371,35 @@ def test_transparency_is_kept_and_named_datasets_are_made_smaller(tmp_path):
     assert open_dataset(str(small), True)[0][0].size == (4, 4)
 
 
+@pytest.mark.parametrize("size", [(1, 500), (500, 1), (3, 700)])
+def test_strips_are_made_smaller(size, tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", size, (200, 100, 50)).save(tmp_path / "in/a.jpg")
+    out = write_shards(tmp_path / "in", tmp_path / "out", "--max_side", 16)
+    image = open_dataset(str(out), True)[0][0]
+    assert (max(image.size), min(image.size)) == (16, 1)
+    assert np.abs(np.asarray(image, int) - (200, 100, 50)).max() < 5
+
+
+def test_names_may_be_of_any_bytes(tmp_path):
+    """As an old disk has them; of classes, and of the shards in a list."""
+    names = [os.fsdecode(name) for name in (b"caf\xe9", "caf\u00e9".encode(), b"tea")]
+    for shade, name in enumerate(names):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "a.png").write_bytes(picture(shade))
+    folder = open_dataset(str(tmp_path / "in"), True)
+    out = write_shards(tmp_path / "in", tmp_path / "out", "--keep_order")
+    (shard,) = out.glob("train/*.tar")
+    (shard.parent / names[0]).with_suffix(".tar").write_bytes(shard.read_bytes())
+    (shard.parent / "list.txt").write_bytes(b"caf\xe9.tar\n")
+    for path in (out, shard.parent / "list.txt"):
+        ours = open_dataset(str(path), True)
+        assert ours.classes == folder.classes
+        assert sorted(ours.classes) == sorted(names)
+        assert ours.targets[:3].tolist() == folder.targets.tolist()
+        assert shades(ours)[:3] == shades(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -1,4 +1,4 @@
-"""The crop of the linear probe."""
+"""Random crops: of one pixel at least, and the linear probe's."""
 
 import math
 
@@ -6,6 +6,26 @@ import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image
+
+Box = tuple[int, int, int, int]  # top, left, height and width, in pixels
+
+
+def at_least_one_pixel(image: Image.Image | torch.Tensor, box: Box) -> Box:
+    """A crop's box, which torchvision and timm round to none of an image of very few pixels."""
+    _, height, width = TF.get_dimensions(image)
+    top, left, tall, wide = box
+    return min(top, height - 1), min(left, width - 1), max(tall, 1), max(wide, 1)
+
+
+class TorchCrop(T.RandomResizedCrop):
+    """torchvision's, of one pixel at least."""
+
+    @staticmethod
+    def get_params(
+        img: Image.Image | torch.Tensor, scale: tuple[float, float], ratio: tuple[float, float]
+    ) -> Box:
+        """A random crop's box."""
+        return at_least_one_pixel(img, T.RandomResizedCrop.get_params(img, scale, ratio))
 
 
 class RandomResizedCrop(T.RandomResizedCrop):
@@ -17,8 +37,8 @@ class RandomResizedCrop(T.RandomResizedCrop):
     @staticmethod
     def get_params(
         img: Image.Image | torch.Tensor, scale: tuple[float, float], ratio: tuple[float, float]
-    ) -> tuple[int, int, int, int]:
-        """Top, left, height and width of a crop, in pixels."""
+    ) -> Box:
+        """A random crop's box."""
         _, height, width = TF.get_dimensions(img)
         area = height * width * torch.empty(1).uniform_(*scale).item()
         aspect = math.exp(torch.empty(1).uniform_(*map(math.log, ratio)).item())

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from util.data.images import BadImage, NotPillows, is_deep, open_image, to_8_bits
+from util.data.images import BadImage, NotPillows, has_pages, is_deep, open_image, to_8_bits
 from util.data.pixels import ALPHA
 from util.data.shards import CLASSES
 from util.data.source import EXTENSIONS, Source, classes_of, extension_of, name_of
@@ -119,7 +119,8 @@ def write_split(data: Dataset, folder: Path, args: argparse.Namespace) -> int:
         order = np.random.default_rng(args.seed).permutation(order)
     classes = classes_of(data)
     if classes != [""]:
-        (folder / CLASSES).write_text("".join(f"{name}\n" for name in classes))
+        lines = "".join(f"{name}\n" for name in classes)
+        (folder / CLASSES).write_text(lines, "utf-8", "surrogateescape")
     starts = range(0, len(data), args.shard_images)
     digits = max(5, len(str(len(starts))))
     paths = {start: folder / f"{n:0{digits}d}.tar" for n, start in enumerate(starts)}
@@ -216,7 +217,7 @@ def _sample(index: int) -> tuple[bytes, str, int, str]:
         return data, extension, label, "as they were"
     special = isinstance(image, NotPillows) or is_deep(image) or image.mode in ALPHA
     special = special or "transparency" in image.info
-    if special or (getattr(image, "n_frames", 1) > 1 and image.format != "MPO"):
+    if special or has_pages(image):
         what = "as they were, though large: of more than 8 bits, alpha, pages"
         return data, extension, label, what
     return *_smaller(image), label, "made smaller"

@@ -102,7 +102,7 @@ class ImageFiles(Source):
             yield from (os.path.join(folder, name) for name in itertools.islice(names, int(count)))
 
     def __reduce__(self) -> tuple:
-        return rebuilt, (ImageFiles, self.root, self.index)
+        return rebuilt, (ImageFiles, self.renumbered, self.root, self.index)
 
     def why_no_classes(self) -> str:
         named = [name for name in self.classes if name.lower() in SPLIT_NAMES]

@@ -104,6 +104,17 @@ def is_deep(image: Image.Image | NotPillows) -> bool:
     return image.deep
 
 
+def has_pages(image: Image.Image | NotPillows) -> bool:
+    """Whether a file has several frames or pages, good or broken; it may no longer be at the first.
+
+    A phone's photo, which holds small copies of itself, has one.
+    """
+    try:
+        return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+    except Exception:  # readers raise all kinds where what follows the first is broken
+        return True
+
+
 def loses_bits(image: Image.Image) -> bool:
     """Whether an AVIF or a JPEG 2000 of colours has more than the 8 bits that Pillow reads."""
     content = content_of(image)
@@ -141,8 +152,7 @@ def open_image(file: str | BytesIO, name: str = "") -> Image.Image | NotPillows:
         sideways = image.format == "TIFF" and orientation(image) != UPRIGHT
         if sideways and isinstance(file, str):  # Pillow scrambles those that it maps into memory
             deep, image = image.deep, Image.open(BytesIO(Path(file).read_bytes()), formats=FORMATS)
-            image.load()
-            image.deep, image.source = deep, file
+            image.deep, image.source = deep, file  # not loaded: its orientation would be lost
         return image
     except BadImage:
         raise
@@ -190,8 +200,8 @@ def to_8_bits(image: Image.Image | NotPillows, mode: str = "RGB", shrink: int = 
         raise BadImage("not of 8 bits, as others are: --pixel_range dtype reads them all")
     try:
         if shrink > 1:
-            width, height = image.size
-            image.draft(mode, (width // shrink, height // shrink))  # affects only JPEGs
+            size = [max(1, side // shrink) for side in image.size]
+            image.draft(mode, size)  # affects only JPEGs
         image.load()
         if orientation(image) != UPRIGHT:
             image = ImageOps.exif_transpose(image)

@@ -150,8 +150,7 @@ def fit_channels(array: np.ndarray, kind: str, in_chans: int) -> np.ndarray:
         BadImage: there are others.
     """
     found = array.shape[2]
-    if found != in_chans and kind == "alpha":
-        array = array[..., :-1]
+    array = without_alpha(array, kind, in_chans)
     if array.shape[2] == in_chans:
         return array
     if in_chans == 1 and array.shape[2] == 3 and kind != "bands":
@@ -159,6 +158,11 @@ def fit_channels(array: np.ndarray, kind: str, in_chans: int) -> np.ndarray:
     if in_chans == 3 and array.shape[2] == 1:
         return array.repeat(3, axis=2)
     raise BadImage(f"{found} channels, not {in_chans}: --in_chans {found} reads them")
+
+
+def without_alpha(array: np.ndarray, kind: str, in_chans: int) -> np.ndarray:
+    """What `read_array` returns, but alpha only where it is one of the model's channels."""
+    return array[..., :-1] if kind == "alpha" and array.shape[2] != in_chans else array
 
 
 def read_array(image: Image.Image | NotPillows, pages: str = "first") -> tuple[np.ndarray, str]:

@@ -71,7 +71,8 @@ class Shards(Source):
             logger.warning(f"warning: {where}: {self.guess}")
 
     def __reduce__(self) -> tuple:
-        return rebuilt, (Shards, self.paths, self.train, self.where, self.index)
+        state = self.paths, self.train, self.where, self.index
+        return rebuilt, (Shards, self.renumbered, *state)
 
     def _take(self, paths: Strings, train: bool | None, where: str, index: Index) -> None:
         """Sets all attributes; what can be taken from the index is not copied."""

@@ -35,6 +35,7 @@ class Source(Dataset):
         groups: how many images, one after another, lie in one file; None where each has its own.
         left_out: how many files are no images, by extension.
         empty: classes without images.
+        renumbered: what `renumber` was given; None until then.
     """
 
     where: str
@@ -43,6 +44,7 @@ class Source(Dataset):
     groups: np.ndarray | None = None
     left_out: Counter[str]
     empty: list[str] = []  # noqa: RUF012 (never changed)
+    renumbered: tuple[list[str], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -66,6 +68,16 @@ class Source(Dataset):
         """Why the labels cannot be believed; '' if they can."""
         return ""
 
+    def renumber(self, classes: list[str], order: np.ndarray) -> None:
+        """Gives the classes other numbers; copies in other processes have them, too.
+
+        Args:
+            order: [K + 1], the new number of each class, and -1.
+        """
+        before = self.renumbered
+        self.renumbered = classes, order if before is None else order[before[1]]
+        self.classes, self.targets = classes, order[self.targets]
+
     def identity(self) -> str:
         """What another data set has not: a digest of all names."""
         digest = hashlib.sha256()
@@ -74,10 +86,14 @@ class Source(Dataset):
         return digest.hexdigest()
 
 
-def rebuilt(kind: type[Source], *state: object) -> Source:
+def rebuilt(
+    kind: type[Source], renumbered: tuple[list[str], np.ndarray] | None, *state: object
+) -> Source:
     """A source from what its `__reduce__` sends to another process, by its `_take`."""
     source = kind.__new__(kind)
     source._take(*state)
+    if renumbered:
+        source.renumber(*renumbered)
     return source
 
 
@@ -86,11 +102,18 @@ class Part(Subset):
 
     def __init__(self, dataset: Dataset, chosen: np.ndarray):
         super().__init__(dataset, np.flatnonzero(chosen))
-        self.targets, self.groups = labels_of(dataset)[self.indices], None
-        self.classes = classes_of(dataset)
+        self.groups = None
         if (groups := getattr(dataset, "groups", None)) is not None:
             group = np.searchsorted(np.cumsum(groups), self.indices, side="right")
             self.groups = np.bincount(group, minlength=len(groups))
+
+    @property
+    def targets(self) -> np.ndarray:
+        return labels_of(self.dataset)[self.indices]
+
+    @property
+    def classes(self) -> list[str]:
+        return classes_of(self.dataset)
 
     def name(self, index: int) -> str:
         return name_of(self.dataset, self.indices[index])
@@ -109,7 +132,7 @@ def classes_of(dataset: Dataset) -> list[str]:
 
 
 def match_classes(dataset: Dataset, theirs: list[str], ours: list[str], source: str) -> None:
-    """Gives a dataset's labels the order of a classifier's classes.
+    """Gives a dataset's labels, or those of what it is a part of, a classifier's order of classes.
 
     Raises:
         UserError: they are others.
@@ -121,13 +144,14 @@ def match_classes(dataset: Dataset, theirs: list[str], ours: list[str], source: 
     if odd := sorted(set(theirs) ^ set(ours)):
         where = [f"{name} ({'the data' if name in ours else source})" for name in odd[:5]]
         raise UserError(f"{len(odd)} classes are in one only: {', '.join(where)}")
-    base = getattr(dataset, "dataset", dataset)  # of which it may be a part
+    base = getattr(dataset, "dataset", dataset)
     order = np.array([*map(theirs.index, ours), -1], np.int32)
-    for part in {id(data): data for data in (base, dataset)}.values():
-        labels = order[labels_of(part)]
-        name = next(name for name in LABELS if hasattr(part, name))
-        setattr(part, name, labels)
-        part.classes = theirs
+    if isinstance(base, Source):
+        base.renumber(theirs, order)
+        return
+    name = next(name for name in LABELS if hasattr(base, name))
+    setattr(base, name, order[labels_of(base)])
+    base.classes = theirs
 
 
 def name_of(dataset: Dataset, index: int) -> str:

@@ -11,8 +11,24 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from util.data.image_folder import left_out_words
-from util.data.images import BadImage, NotPillows, is_deep, loses_bits, upright_size
-from util.data.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels, dtype_range, read_array
+from util.data.images import (
+    BadImage,
+    NotPillows,
+    content_of,
+    has_pages,
+    is_deep,
+    loses_bits,
+    open_image,
+    upright_size,
+)
+from util.data.pixels import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Pixels,
+    dtype_range,
+    read_array,
+    without_alpha,
+)
 from util.data.source import Source
 from util.distributed import from_rank_zero
 from util.errors import UserError
@@ -21,10 +37,13 @@ logger = logging.getLogger(__name__)
 
 SOME = 10_000_000  # labels counted at once: bounds the memory for it
 LOOKED_AT, MEASURED = 100, 1000  # images: for the words, and for ranges, means and deviations
-PER_IMAGE = 4096  # values of each channel that a measurement takes
+PER_IMAGE = 4096  # pixels that a measurement takes at least, and less than twice of,
+VALUES = 6 * PER_IMAGE  # up to so many values of all channels: fewer pixels of more than 3
 TAILS = (0.1, 99.9)  # percentiles that `--pixel_range auto` maps to 0 and 1
 UNUSED = 8  # a range that is wider than the values by this much is worth a word
 PIXEL_FLAGS = ("in_chans", "pages", "pixel_range", "pixel_mean", "pixel_std")
+# What a checkpoint without a value was trained with; its images had 8 bits.
+UNSAID = {"in_chans": (3,), "pages": ("first",), "pixel_range": ("dtype", [0, 255])}
 
 
 def inherit_pixels(
@@ -33,22 +52,25 @@ def inherit_pixels(
     """Takes what flags say of pixels, and `--resize`, from a checkpoint's, unless they are given.
 
     Raises:
-        UserError: those of pixels differ, and `strict`; otherwise a warning says so.
+        UserError: those of pixels differ, and `strict`; otherwise, and of `--resize`, a warning
+            says so.
     """
-    args.resize = args.resize or flags.get("resize")
-    for name in PIXEL_FLAGS:
+    theirs = flags.get("resize") or args.resize
+    args.resize = args.resize or theirs
+    if args.resize != theirs:
+        logger.warning(f"warning: --resize is {args.resize}, but {theirs} in {source}")
+    for name in PIXEL_FLAGS if flags.keys() & set(PIXEL_FLAGS) else ():
         theirs, ours = flags.get(name), getattr(args, name)
-        if theirs in (None, "dtype"):  # which the data decide
-            continue
         other = args.in_chans not in (None, flags.get("in_chans") or 3)
         if other and name.startswith("pixel_"):  # of other channels
             continue
-        if ours in (None, "auto"):
+        alike = UNSAID.get(name, (ours,)) if theirs is None else (theirs,)
+        if ours in (None, "auto") and theirs not in (None, "dtype"):  # which the data decide
             setattr(args, name, theirs)
             if ours == "auto":
                 logger.info(f"--{name} {_words(theirs)}, as {source} has it")
-        elif ours != theirs:
-            differs = f"--{name} is {_words(ours)}, but {_words(theirs)} in {source}"
+        elif ours is not None and ours not in alike:
+            differs = f"--{name} is {_words(ours)}, but {_words(alike[0])} in {source}"
             if strict:
                 raise UserError(differs)
             logger.warning(f"warning: {differs}")
@@ -98,15 +120,15 @@ class Survey:
 
     def _look_at(self, image: Image.Image | NotPillows) -> None:
         size = upright_size(image)
-        # A phone's photo holds small copies of itself.
-        frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+        if paged := has_pages(image):
+            image = open_image(content_of(image))  # at the first page
         if image.format == "JPEG":  # an eighth of the size tells enough
             image.draft(None, (1, 1))
         array, kind = read_array(image, self.args.pages or "first")
         self.sizes.append(size)
         if image.format in ("AVIF", "JPEG2000") and array.dtype == np.uint8:
             self.lossy += loses_bits(image)
-        self.paged += frames > 1
+        self.paged += paged
         self.alpha += kind == "alpha"
         channels = array.shape[2]
         names = {("colour", 1): "grey", ("colour", 3): "RGB"}
@@ -115,7 +137,8 @@ class Survey:
         self.kinds[f"{name} {array.dtype}"] += 1
         if array.dtype.kind in "ub":
             self.limit = max(self.limit, dtype_range(array)[1])
-        low, high = float(np.nanmin(array)), float(np.nanmax(array))
+        used = without_alpha(array, kind, self.args.in_chans or 3)
+        low, high = float(np.nanmin(used)), float(np.nanmax(used))
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def words(self, split: str) -> str:
@@ -230,13 +253,14 @@ def _range_of(images: Any, args: argparse.Namespace) -> tuple[float, float]:
     values = []
     for image in images:
         try:
-            array, _ = read_array(image, args.pages or "first")
+            array, kind = read_array(image, args.pages or "first")
         except BadImage:
             continue
-        values.append(_some(array.reshape(-1, array.shape[2])).astype(np.float64).ravel())
+        array = without_alpha(array, kind, args.in_chans)
+        values.append(_some(array.reshape(-1, array.shape[2])).ravel())
     if not values:
         raise UserError("--pixel_range auto: no image can be read")
-    together = np.concatenate(values)
+    together = np.concatenate(values, dtype=np.float64)
     low, high = np.percentile(together[np.isfinite(together)], TAILS)
     if low == high:
         raise UserError(f"--pixel_range auto: all pixels are {low:g}")
@@ -253,13 +277,19 @@ def _moments(dataset: Dataset, pixels: Pixels) -> tuple[list[float], list[float]
             continue
     if not rows:
         raise UserError("no image can be read to measure mean and deviation")
-    together = np.concatenate(rows).astype(np.float64) / 255
+    together = np.concatenate(rows, dtype=np.float64)
+    together /= 255
     deviation = np.maximum(together.std(axis=0), 1e-3)  # of a constant channel
     return [[float(f"{v:.4g}") for v in found] for found in (together.mean(axis=0), deviation)]
 
 
 def _some(rows: np.ndarray) -> np.ndarray:
-    return rows[:: max(1, len(rows) // PER_IMAGE)]
+    """A copy of some of an image's pixels [M, C], without which all of it would be kept."""
+    rows = rows[:: max(1, len(rows) // PER_IMAGE)]
+    if rows.size > VALUES:  # by chance: a longer step might see one column only
+        count = VALUES // rows.shape[1]
+        return rows[np.random.default_rng(0).choice(len(rows), count, replace=False)]
+    return rows.copy()
 
 
 def _sample(dataset: Dataset, count: int) -> Iterator[Image.Image | NotPillows]:

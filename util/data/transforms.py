@@ -22,7 +22,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 
-from util.crop import RandomResizedCrop
+from util.crop import Box, RandomResizedCrop, TorchCrop, at_least_one_pixel
 from util.data.pixels import RGB, Pixels
 from util.errors import UserError
 from util.sizes import Side, height_width
@@ -161,7 +161,7 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
         if args.aa or args.color_jitter:
             logger.info("--aa and --color_jitter are for RGB of 8 bits: not used for these images")
         size, ratio = height_width(args.input_size), crop_ratio(args.input_size)
-        crop = T.RandomResizedCrop(size, CROP_SCALE, ratio, interpolation=BICUBIC)
+        crop = TorchCrop(size, CROP_SCALE, ratio, interpolation=BICUBIC)
         erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device="cpu")
         steps = [crop, *flips(args.flip, args.rotate90), pixels.normalise, erase]
         return T.Compose([pixels.load, *steps])
@@ -198,10 +198,9 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
     return T.Compose([pixels.load, crop, *turn, *steps])
 
 
-def _crop_params(image: Image.Image, *ranges: Any) -> tuple[int, int, int, int]:
-    # timm's, which rounds a crop of very few pixels to none.
-    top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, *ranges)
-    return min(top, image.height - 1), min(left, image.width - 1), max(height, 1), max(width, 1)
+def _crop_params(image: Image.Image, *ranges: Any) -> Box:
+    box = RandomResizedCropAndInterpolation.get_params(image, *ranges)
+    return at_least_one_pixel(image, box)
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
