@@ -13,6 +13,7 @@ COMMANDS = {
     "file_list.py --files 20000": "20,000",
     "data_scale.py --files 2000 --samples 5000000": "after a resume: the same",
     "shards.py --images 200": "shards of 100",
+    "knn.py --references 20000 --width 64 --queries 8": "8 queries of 20,000 x 64",
     "saving.py --millions 1 --saves 1": "a state of 0.0 GB into 3 files",
     "gpu_check.py --device cpu --only versions parts two_ranks": "8 pass, 0 miss, 0 error",
     "figure.py": "",

@@ -165,6 +165,13 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
         erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device="cpu")
         steps = [crop, *flips(args.flip, args.rotate90), pixels.normalise, erase]
         return T.Compose([pixels.load, *steps])
+    crop, *steps = _timm_transform(args, pixels).transforms
+    turn = [Turn()] if args.rotate90 else []
+    return T.Compose([pixels.load, crop, *turn, *steps])
+
+
+def _timm_transform(args: argparse.Namespace, pixels: Pixels) -> T.Compose:
+    """timm's for training, which has been tried; raises as `build_transform`."""
     try:
         transform = create_transform(
             height_width(args.input_size),
@@ -193,9 +200,7 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> T.Compose:
         transform(Image.new("RGB", height_width(args.input_size)))
     except Exception as error:  # of any class: timm checks a policy's numbers when it uses them
         raise UserError(f"--aa {args.aa} does not work: {error or type(error).__name__}") from None
-    crop, *steps = transform.transforms
-    turn = [Turn()] if args.rotate90 else []
-    return T.Compose([pixels.load, crop, *turn, *steps])
+    return transform
 
 
 def _crop_params(image: Image.Image, *ranges: Any) -> Box:
