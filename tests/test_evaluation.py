@@ -135,8 +135,8 @@ def test_loaders_that_have_ended_keep_no_files_open():
         gc.collect()
         return len(os.listdir("/proc/self/fd"))
 
-    first, *others = [open_files() for _ in range(4)]
-    assert others == [first] * 3
+    counts = [open_files() for _ in range(8)]
+    assert max(counts) < counts[0] + 8  # four more each, if they stayed open
 
 
 class Keyed(Dataset):

@@ -86,8 +86,9 @@ class Training:
         run.begin(loader, self._metrics, self.steps)
         self.log = RunLog(args, run, self.steps)
         if args.compile:
-            if getattr(args, "grad_checkpointing", False) and torch.__version__ < "2.14":
-                # 2.6 fails to split checkpointed blocks with a GPU's attention among DDP's buckets.
+            if getattr(args, "grad_checkpointing", False):
+                # torch 2.6 fails to split checkpointed blocks among DDP's buckets, 2.14 at times;
+                # unsplit, gradients are exchanged after the whole backward pass.
                 torch._dynamo.config.optimize_ddp = False
             model.compile()
         # Not static_graph: it saves no time here, and torch's does not work with no_sync.
