@@ -77,8 +77,8 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
     log_to_console()
     run = Run(args)
     weighs_up = args.eval or args.predict  # trained weights, without more training
-    # What is resumed has an encoder: the one it started from may be gone.
-    source = args.resume if weighs_up else run.source if run.resumed else args.finetune
+    # What is resumed has all weights: those that it started from may be gone.
+    source = args.resume if weighs_up else "" if run.resumed else args.finetune
     state = (load if weighs_up else load_published)(source) if source else {}
     if weighs_up:
         state = settle_grid(state)
@@ -93,7 +93,9 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
     seed_all(args.seed)
     precision = Precision(args.precision, device)
     model = build(args, len(run.classes))
-    if not state:
+    if run.resumed:
+        pass  # all of it is loaded later
+    elif not state:
         logger.info("encoder: random, since --finetune names no weights")
     elif weighs_up:
         for words in fit_input(model, state["model"], source, state.get("args")):
@@ -305,6 +307,8 @@ def fit_grid(task: Task) -> None:
     """`--blr auto`: trains a grid of probes, chooses one by held-out images, and evaluates that."""
     run, args, precision = task.run, task.run.args, task.precision
     classes, device = len(run.classes), precision.device
+    if run.resumed:  # of which features are made now
+        load_encoder(task.model, run.resumed["model"], run.source, tell=False)
     encoder = both_pools(task.model)
     train, val = (encode(encoder, part, args, precision) for part in (task.train, task.val))
     held = torch.from_numpy(held_out(train.labels.cpu().numpy(), HELD_OUT))

@@ -122,7 +122,7 @@ def run_main(script: ModuleType, *flags: object) -> int:
 def the_error(stderr: str) -> str:
     """The one line on standard error that tells the user what is wrong."""
     lines = stderr.strip().splitlines()
-    lines = [line for line in lines if " does nothing here: " not in line]  # of flags, before it
+    lines = [line for line in lines if " is not used here: " not in line]  # of flags, before it
     assert len(lines) == 1, stderr
     assert ": error: " in lines[0]
     return lines[0]

@@ -1,5 +1,7 @@
 """The exported encoder in timm's own ViT."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -172,6 +174,13 @@ def test_what_was_exported_is_read_again_with_its_images(flags, tmp_path):
     ours = vit_tiny_patch4(img_size=(16, 64), num_classes=0)
     load_encoder(ours, found["model"], source, found["args"])
     torch.testing.assert_close(ours.pos_embed, model.pos_embed, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{"input_size": 224}, {"pretrained_cfg": "x"}, {}])
+def test_settings_beside_weights_may_be_others(settings, tmp_path):
+    folder = folder_of({"model": mae_vit_tiny_patch4(img_size=16).state_dict()}, tmp_path)
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert load_published(folder)["args"] == {}
 
 
 def test_a_slash_at_the_end_of_a_folder_s_name(tmp_path):

@@ -139,7 +139,7 @@ def test_absurd_numbers_are_refused_or_harmless(flag, forks, photos, tmp_path):
     flags += ["--batch_size", 24, "--epochs", 1, "--output_dir", "", flag, "9" * 30]
     status, _, err = forks.run(script, *flags, cwd=tmp_path, limit_s=40)
     if status == 0:
-        assert [x for x in err.splitlines() if " does nothing here: " not in x] == []
+        assert [x for x in err.splitlines() if " is not used here: " not in x] == []
     else:
         assert status in (1, 2)
         the_error(err)

@@ -267,7 +267,7 @@ def test_checkpoints_older_than_recipes_are_the_release_s(photos_run, tmp_path, 
 def test_what_does_nothing_is_said(flags, idle, caplog, capsys):
     args = parse(*flags.split())
     said = capsys.readouterr().err.splitlines()
-    expected = [f"warning: --{name} does nothing here: {why}" for name, why in idle.items()]
+    expected = [f"warning: --{name} is not used here: {why}" for name, why in idle.items()]
     assert sorted(line.split(": ", 1)[1] for line in said) == sorted(expected)
     model = small_mae(contrastive=args.weight_simclr > 0, reconstruct=args.weight_mae > 0)
     with caplog.at_level("INFO"):

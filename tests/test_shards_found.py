@@ -157,6 +157,18 @@ def test_a_class_called_train_within_splits_is_a_class(root, tmp_path):
     assert len(open_dataset(str(path), train=False)) == 3  # alone, it is one
 
 
+@pytest.mark.parametrize("root", ["", "test/"])
+def test_a_split_in_each_of_several_tars(root, tmp_path):
+    """Whose classes may be called as splits are."""
+    for number, split in enumerate(("train", "val")):
+        names = {f"{split}/{name}/0": n for n, name in enumerate(("train", "val", "bus"))}
+        tar_of(tmp_path / f"{number}.tar", labelled(names, root))
+    train, val, _ = open_labelled(str(tmp_path))
+    for data, split in ((train, "train"), (val, "val")):
+        inside = [data.name(i).split(": ")[1] for i in range(len(data))]
+        assert inside == [f"{root}{split}/{name}/0.png" for name in ("train", "val", "bus")]
+
+
 def archive_of(path: Path, files: dict[str, bytes]) -> Path:
     if path.suffix == ".tar":
         return tar_of(path, files)

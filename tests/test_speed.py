@@ -49,6 +49,7 @@ def test_a_compiled_model_of_several_buckets_recomputes_activations(photos, monk
     flags += ["--input_size", 32, "--output_dir", "", "--epochs", 1, "--warmup_epochs", 0]
     flags += ["--compile", "--grad_checkpointing"]
     assert run_main(main_pretrain, *flags) == 0
+    assert torch._dynamo.config.optimize_ddp  # as it was
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

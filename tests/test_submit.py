@@ -155,6 +155,20 @@ def test_sweeps_that_would_lose_a_setting_or_share_a_folder_are_refused(
     assert words in the_error(capsys.readouterr().err)
 
 
+def test_a_sweep_may_have_no_tensorboard(monkeypatch):
+    flags = ["--data_path", "x", "--array", "0-1", "--log_dir", ""]
+    monkeypatch.setattr(sys, "argv", ["submitit_pretrain.py", *flags])
+    parser = job_parser(pretrain_parser())
+    assert len(submit._sweep(parser, parser.parse_args())) == 2
+
+
+def test_a_table_s_column_is_no_part_of_its_path(tmp_path, capsys):
+    (tmp_path / "l.csv").touch()
+    for name, said in ((f"{tmp_path}/l.csv:breed", False), (f"{tmp_path}/m.csv:breed", True)):
+        submit._warn_of_missing(SimpleNamespace(labels=name))
+        assert ("is not on this machine" in capsys.readouterr().err) == said
+
+
 @pytest.mark.parametrize(
     ("parser", "flags", "old", "new", "resume", "overwrite"),
     [

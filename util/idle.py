@@ -1,8 +1,15 @@
-"""Flags that change nothing in a run, with the reason; imports no torch."""
+"""Flags that a run makes no use of, with the reason; imports no torch."""
 
 import argparse
 
 Idle = dict[str, str]  # the reason, by the flag
+
+
+def idle_of(flags: dict) -> Idle:
+    """Of any of the three scripts, by its flags."""
+    kinds = {"weight_simclr": idle_pretrain, "layer_decay": idle_finetune, "knn": idle_linprobe}
+    find = next((kind for name, kind in kinds.items() if name in flags), None)
+    return find(argparse.Namespace(**flags)) if find else {}
 
 
 def idle_pretrain(args: argparse.Namespace) -> Idle:
@@ -44,7 +51,7 @@ def idle_linprobe(args: argparse.Namespace) -> Idle:
     why = _idle_supervised(args)
     if args.knn or args.cache_features:
         why |= dict.fromkeys(("flip", "rotate90"), "features are of images as they are")
-    if args.grid:
+    if args.grid and not args.knn:
         why["global_pool"] = "--blr auto tries both"
     if args.knn:
         names = ("class_weights", "compile", *["blr"] * args.grid)
@@ -57,7 +64,7 @@ def _idle_supervised(args: argparse.Namespace) -> Idle:
     if args.eval or args.predict:
         mode = "--eval" if args.eval else "--predict"
         why |= dict.fromkeys(("compile", "class_weights"), f"{mode} trains nothing")
-        why |= dict.fromkeys(("finetune", "global_pool"), f"{mode} takes all from --resume")
+        why["finetune"] = f"{mode} takes all weights from --resume"
     if args.predict:
         names = ("data_path", "labels", "nb_classes", "val_fraction")
         why |= dict.fromkeys(names, "--predict takes a folder without labels")

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that are values; a help text says what the others resolve to."""
@@ -22,8 +24,8 @@ class Parser(argparse.ArgumentParser):
     Args:
         check: called with the parsed namespace; fills in derived defaults, and raises ValueError
             with the line to show. The process then exits with status 2, as for any bad flag.
-        idle: which flags change nothing in the checked namespace, and why; those that were given
-            are named, once.
+        idle: which flags the checked namespace makes no use of, and why; those that were given are
+            named, once.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(str(error))
         for name, why in self.idle(parsed).items() if self.idle else ():
             if name in given:
-                self._warn(f"{self._option(name, given[name])} does nothing here: {why}")
+                self._warn(f"{self._option(name, given[name])} is not used here: {why}")
         return parsed
 
     def _option(self, name: str, value: object) -> str:
@@ -55,15 +57,20 @@ class Parser(argparse.ArgumentParser):
         return (exact or found)[0].option_strings[0]
 
     def _warn(self, words: str) -> None:
-        if words not in self._named and os.environ.get("RANK", "0") == "0":
+        if words not in self._named and _is_first():
             print(f"{self.prog}: warning: {words}", file=sys.stderr)
         self._named.add(words)
 
     def error(self, message: str):
-        if os.environ.get("RANK", "0") == "0":  # all ranks parse the same flags
+        if _is_first():  # all ranks parse the same flags
             message = message.replace("\n", "\\n")  # file names may hold some
             print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
+
+
+def _is_first() -> bool:
+    """Whether this is the only process of a run, or its first, as launchers number them."""
+    return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
 
 
 class Sides(argparse.Action):

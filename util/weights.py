@@ -94,6 +94,7 @@ def load_encoder(
     weights: dict[str, Tensor],
     source: str | Path,
     flags: dict[str, Any] | None = None,
+    tell: bool = True,
 ) -> None:
     """Loads all of a downstream ViT except its `head`, and logs what was used and what was not.
 
@@ -121,7 +122,8 @@ def load_encoder(
     new += fit_input(model, encoder, source, flags)
     check_same(wanted, encoder, source)
     model.load_state_dict(model.state_dict() | encoder)
-    _tell("encoder", len(encoder), source, unused, new)
+    if tell:
+        _tell("encoder", len(encoder), source, unused, new)
 
 
 def start_from(

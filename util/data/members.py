@@ -36,7 +36,7 @@ class Members:
         kinds: of each, its number in `EXTENSIONS`, sorted; `DEFLATED` more where it is.
         heads: blocks of 512 bytes before each that tell its name; 0 in a zip.
         labels: each one's number in `names`, -1 for none.
-        splits: 1 of those in a folder of training's name, 2 of validation's, else 0.
+        places, folders: each image's number among the folders of the images.
         names: labels, or where `by_folder` the folders of the images.
         left_out: as `Source`'s.
         damage: what is wrong with the archive; '' for nothing.
@@ -47,11 +47,19 @@ class Members:
     kinds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     heads: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint16))
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    splits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    places: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    folders: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     by_folder: bool = True
     left_out: Counter[str] = field(default_factory=Counter)
     damage: str = ""
+
+    @staticmethod
+    def splits(archives: list["Members"]) -> np.ndarray:
+        """Of all images of some archives, as `_splits_of` has them of all folders together."""
+        split_of = _splits_of({folder for archive in archives for folder in archive.folders})
+        parts = [np.array([split_of[f] for f in a.folders], np.uint8)[a.places] for a in archives]
+        return np.concatenate(parts)
 
 
 class File(NamedTuple):
@@ -91,8 +99,9 @@ def _gather(images: list[File], labels: dict[int, str], found: Members) -> Membe
     found.sizes = np.array([image.size for image in images], np.int64)
     found.kinds = np.array([image.kind for image in images], np.uint8)
     found.heads = np.array([image.head for image in images], np.uint16)
-    split_of = _splits_of(set(folders))
-    found.splits = np.array([split_of[folder] for folder in folders], np.uint8)
+    found.folders = sorted(set(folders))
+    numbers = {folder: number for number, folder in enumerate(found.folders)}
+    found.places = np.array([numbers[folder] for folder in folders], np.int32)
     return found
 
 

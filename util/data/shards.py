@@ -336,7 +336,8 @@ def _merge(archives: list[Members], found: dict[str, np.ndarray]) -> Index:
         known = numbers if archive.by_folder == by_folder else {}
         new = [known.get(name, -1) for name in archive.names]
         archive.labels = np.array([*new, -1], np.int32)[archive.labels]
-    arrays = {c: np.concatenate([getattr(archive, c) for archive in archives]) for c in COLUMNS}
+    arrays = {c: np.concatenate([getattr(a, c) for a in archives]) for c in COLUMNS[:-1]}
+    arrays["splits"] = Members.splits(archives)
     arrays |= Strings.pack(names).named("names")
     arrays["counts"] = np.array([len(archive.offsets) for archive in archives], np.int64)
     damage = {str(n): archive.damage for n, archive in enumerate(archives) if archive.damage}

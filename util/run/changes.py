@@ -9,6 +9,7 @@ from typing import Any
 from util.data.source import few
 from util.distributed import from_rank_zero, max_over_ranks
 from util.errors import UserError
+from util.idle import idle_of
 from util.recipes import RECIPES
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,9 @@ MEANING["shuffle_window"] = "in another order: some images of this epoch are see
 def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: str | Path) -> None:
     """Raises UserError if `--resume auto` found a checkpoint of another script or objective."""
     there, here = OLD | state.get("args", {}), OLD | vars(args)
-    for name in (*EXPERIMENT, *RECIPES["release"]) if state.get("args") else ():
+    unused = idle_of(here | there).keys() & idle_of(here).keys()
+    names = {*EXPERIMENT, *RECIPES["release"]} - unused if state.get("args") else ()
+    for name in sorted(names):
         values = [repr(flags[name]) if name in flags else "no flag" for flags in (there, here)]
         if values[0] != values[1]:
             raise UserError(
@@ -54,7 +57,7 @@ def check_same_everywhere(state: dict[str, Any], source: str | Path) -> None:
     place = [state.get(name) for name in ("epoch", "images", "logged_steps")]
     if max_over_ranks(int(place != from_rank_zero(lambda: place))):
         raise UserError(
-            f"{source} is not the same on all machines: --output_dir must be a folder they share"
+            f"{source} is not the same on all machines: it must be one file, in a folder they share"
         )
 
 
@@ -73,7 +76,8 @@ def check_data(
         counts = re.match(COUNT, state.get("data", {}).get(split, "")), re.match(COUNT, words)
         if all(counts) and counts[0][1] != counts[1][1]:
             had, has = (count[1] for count in counts)
-            logger.info(f"changed: {split} had {had} images, has {has}{MIXED * (split == 'train')}")
+            mixed = MIXED if split == "train" and state.get("images") else ""
+            logger.info(f"changed: {split} had {had} images, has {has}{mixed}")
     before, now = state.get("classes"), classes
     if before and before != now:
         odd = few(sorted(set(before) ^ set(now))) or "the same, in another order"

@@ -159,8 +159,10 @@ def _beside(folder: Path) -> dict[str, Any]:
     ours = {size.embed_dim: size.num_heads for size in SIZES.values()}
     if heads and ours.get(width, heads) != heads:
         raise UserError(f"{folder}: {heads} heads for width {width}, where ours have {ours[width]}")
-    settings |= settings.get("pretrained_cfg") or {}  # timm's
-    channels, *sides = settings.get("input_size") or (None,)
+    if isinstance(settings.get("pretrained_cfg"), dict):  # timm's
+        settings |= settings["pretrained_cfg"]
+    size = settings.get("input_size")
+    channels, *sides = size if isinstance(size, list) and len(size) == 3 else (None,)
     mode = {"squash": "squash", "border": "pad", "center": "crop"}.get(settings.get("crop_mode"))
     flags = {
         "input_size": sides or settings.get("image_size"),

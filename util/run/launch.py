@@ -64,16 +64,18 @@ def session(main: Callable[[Namespace], None]) -> Callable[[Namespace], None]:
 
 
 class Surroundings:
-    """What a run changes of its process: logging, hooks, SIGCHLD; to be put back."""
+    """What a run changes of its process: logging, hooks, SIGCHLD, dynamo; to be put back."""
 
     def __init__(self):
         self.handlers, self.level = logging.root.handlers[:], logging.root.level
         self.hooks = threading.excepthook, sys.unraisablehook
         self.on_child = signal.getsignal(signal.SIGCHLD)
+        self.optimize_ddp = torch._dynamo.config.optimize_ddp
 
     def restore(self) -> None:
         logging.root.handlers[:], logging.root.level = self.handlers, self.level
         threading.excepthook, sys.unraisablehook = self.hooks
+        torch._dynamo.config.optimize_ddp = self.optimize_ddp
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, self.on_child)
 

@@ -26,7 +26,7 @@ SETTLE = 1.0  # seconds in which all write that want a folder without locks; the
 _held: dict[Path, tuple[IO[str], str]] = {}  # with the content
 _made: list[Path] = []  # folders, parents first
 _taken: list[str] = []  # by whom
-_beating: threading.Event | None = None  # ends the thread that gives signs of life
+_beating: tuple[threading.Event, threading.Thread] | None = None  # gives signs of life; its end
 
 
 def lock_folder(folder: Path) -> None:
@@ -95,8 +95,9 @@ def check_locks() -> None:
 def _start_beating() -> None:
     global _beating
     if _beating is None:
-        _beating = threading.Event()
-        threading.Thread(target=_beat, args=(_beating,), daemon=True).start()
+        ended = threading.Event()
+        _beating = ended, threading.Thread(target=_beat, args=(ended,), daemon=True)
+        _beating[1].start()
 
 
 def _beat(ended: threading.Event) -> None:
@@ -116,7 +117,9 @@ def release_locks() -> None:
     """Gives up all locks of this process, and removes the folders that it made for nothing."""
     global _beating
     if _beating is not None:
-        _beating.set()
+        ended, thread = _beating
+        ended.set()
+        thread.join(BEAT)  # it may be reading a lock
         _beating = None
     for path, (file, content) in _held.items():
         with contextlib.suppress(OSError):

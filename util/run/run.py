@@ -51,11 +51,11 @@ class Run:
         offset: added to steps to place points in TensorBoard, where an epoch once had another
             number of steps.
         best: the highest score so far.
-        resumed: whether it goes on from a checkpoint.
+        resumed: the checkpoint that it goes on from, until all of it is loaded; else {}.
         data, classes: what was opened, in words, by split; the classifier's classes, in its order.
         folder: of the checkpoints; None for none.
         _model, _states; _loader, _metrics: what is saved, registered by `resume` and `begin`.
-        source, _resumed: the path of the checkpoint to resume; itself, until all of it is loaded.
+        source: the path of the checkpoint to resume.
         _interrupts, _given: stop requests and the clock; flags as they were given.
         _background, _copy: writes checkpoints while training goes on, from a copy of the state.
         _steps: of an epoch.
@@ -79,7 +79,7 @@ class Run:
         self._states: dict[str, Any] = {}
         self._loader: DeviceLoader | None = None
         self._metrics: MetricLogger | None = None
-        self._resumed: dict[str, Any] = {}
+        self.resumed: dict[str, Any] = {}
         weighs_up = vars(args).get("eval") or vars(args).get("predict")
         resume = "" if weighs_up else args.resume  # else they read it by themselves
         self.source = self.folder / LAST if resume == "auto" else resume
@@ -87,18 +87,17 @@ class Run:
             logger.info(f"no {self.source} yet: starting from the beginning")
         elif resume:
             try:
-                self._resumed = load(self.source)
+                self.resumed = load(self.source)
             except UserError as error:
                 raise UserError(f"{error}{self._others(resume)}") from None
             for name, least in LEAST.items():
-                value = self._resumed.get(name, least)
+                value = self.resumed.get(name, least)
                 if not isinstance(value, int) or value < least:
                     raise UserError(f"{self.source} is damaged: its {name} is {value!r}")
             if resume == "auto":
-                check_experiment(self._resumed, args, self.source)
-        self.resumed = bool(self._resumed)
-        inherit_pixels(args, self._resumed.get("args", {}), self.source, resume == "auto")
-        resolve(args, self._resumed)
+                check_experiment(self.resumed, args, self.source)
+        inherit_pixels(args, self.resumed.get("args", {}), self.source, resume == "auto")
+        resolve(args, self.resumed)
 
     def _others(self, resume: str) -> str:
         """What else there is to resume where `--resume auto` found a checkpoint that is damaged."""
@@ -131,7 +130,7 @@ class Run:
             UserError: the checkpoint is of another run.
         """
         self._model, self._states = model, states
-        state, path = self._resumed, self.source
+        state, path = self.resumed, self.source
         check_same_everywhere(state, path)
         if not state:
             return
@@ -169,7 +168,7 @@ class Run:
             UserError: the checkpoint does not fit, or the folder cannot be written.
         """
         self._loader, self._metrics, self._steps = loader, metrics, steps
-        state, self._resumed = self._resumed, {}
+        state, self.resumed = self.resumed, {}
         check_data(state, self.data, self.classes, self.source)
         if self.step > steps:
             at = f"it is at step {self.step}, but an epoch has {steps}"

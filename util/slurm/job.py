@@ -1,6 +1,7 @@
 """What runs in each task of a submitted job: a script, resumed if the job ran before."""
 
 import argparse
+import copy
 import importlib
 import logging
 import os
@@ -32,6 +33,8 @@ class Job:
         submitted: when, in seconds of `time.time`.
     """
 
+    submitted = 0.0  # of jobs that were submitted before this was kept
+
     def __init__(
         self, module: str, args: argparse.Namespace, requeue_limit: int, restarts: int = 0
     ):
@@ -49,8 +52,8 @@ class Job:
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """The job's next start. submitit calls this on rank 0 only: nothing here is collective."""
-        again = Job(self.module, self.args, self.requeue_limit, self.restarts + 1)
-        again.submitted = self.submitted
+        again = copy.copy(self)
+        again.restarts += 1
         return submitit.helpers.DelayedSubmission(again)
 
     def _run(self, env: submitit.JobEnvironment) -> None:

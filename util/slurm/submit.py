@@ -79,7 +79,7 @@ def _sweep(parser: Parser, args: Namespace) -> dict[str, Namespace]:
         flags = [*sys.argv[1:], *(f"--{word}" for word in words)]
         runs[" ".join(words)] = parser.parse_args(flags)
     for name in ("output_dir", "log_dir"):
-        folders = [vars(run)[name] for run in runs.values() if "%j" not in vars(run)[name]]
+        folders = [f for run in runs.values() if (f := vars(run)[name]) and "%j" not in f]
         if len(set(folders)) < len(folders):
             parser.error(f"--{name} {folders[0]}: a sweep needs %j in it, a folder for each run")
     return runs
@@ -142,6 +142,8 @@ def _warn_of_missing(args: Namespace) -> None:
     """Warns of paths that are not on this machine; they may exist where the job runs."""
     for name in ("data_path", "labels", "finetune", "init", "resume", "predict"):
         path = getattr(args, name, "") or ""
+        if name == "labels" and not os.path.exists(path):
+            path = path.rpartition(":")[0] or path  # before a column's name
         named = "://" in path or path.startswith("hf:") or any(c in path for c in "{*?")
         if os.sep in path and not named and not os.path.exists(path):
             print(f"warning: --{name} {path} is not on this machine", file=sys.stderr)
