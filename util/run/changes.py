@@ -42,8 +42,9 @@ def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: st
     """Raises UserError if `--resume auto` found a checkpoint of another script or objective."""
     there, here = OLD | state.get("args", {}), OLD | vars(args)
     unused = idle_of(here | there).keys() & idle_of(here).keys()
-    names = {*EXPERIMENT, *RECIPES["release"]} - unused if state.get("args") else ()
-    for name in sorted(names):
+    for name in (*EXPERIMENT, *RECIPES["release"]) if state.get("args") else ():
+        if name in unused:
+            continue
         values = [repr(flags[name]) if name in flags else "no flag" for flags in (there, here)]
         if values[0] != values[1]:
             raise UserError(
