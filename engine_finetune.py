@@ -308,7 +308,8 @@ def fit_grid(task: Task) -> None:
     run, args, precision = task.run, task.run.args, task.precision
     classes, device = len(run.classes), precision.device
     if run.resumed:  # of which features are made now
-        load_encoder(task.model, run.resumed["model"], run.source, tell=False)
+        state = run.resumed
+        load_encoder(task.model, state["model"], run.source, state.get("args"), tell=False)
     encoder = both_pools(task.model)
     train, val = (encode(encoder, part, args, precision) for part in (task.train, task.val))
     held = torch.from_numpy(held_out(train.labels.cpu().numpy(), HELD_OUT))

@@ -39,7 +39,6 @@ def test_accumulation_evaluation_and_preview_share_one_compiled_graph(
 
 def test_a_compiled_model_that_recomputes_activations_is_not_split(photos, monkeypatch):
     """torch 2.6 fails to split it among DDP's buckets."""
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # to be put back
     split = []
 
     def compiled(self) -> None:
@@ -47,9 +46,13 @@ def test_a_compiled_model_that_recomputes_activations_is_not_split(photos, monke
 
     monkeypatch.setattr(MaskedAutoencoderViT, "compile", compiled)
     flags = [*TINY, "--data_path", photos, "--batch_size", 4, "--output_dir", "", "--compile"]
-    for more in ([], ["--grad_checkpointing"]):
-        assert run_main(main_pretrain, *flags, "--epochs", 1, "--warmup_epochs", 0, *more) == 0
-    assert split == [True, False]
+    before = torch._dynamo.config.optimize_ddp
+    try:
+        for more in ([], ["--grad_checkpointing"]):
+            assert run_main(main_pretrain, *flags, "--epochs", 1, "--warmup_epochs", 0, *more) == 0
+    finally:
+        torch._dynamo.config.optimize_ddp = before
+    assert split == [before, False]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

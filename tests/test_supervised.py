@@ -103,7 +103,9 @@ def test_a_signal_within_an_epoch_loses_nothing(script, extra, flags, tmp_path, 
     assert losses_of(tmp_path / "out") == losses_of(tmp_path / "again")
 
 
-@pytest.mark.parametrize("extra", [[], ["--blr", "auto"]], ids=["one", "grid"])
+@pytest.mark.parametrize(
+    "extra", [[], ["--blr", "auto"], ["--blr", "auto", "--input_size", 8, 32]], ids=str
+)
 def test_what_is_resumed_needs_no_weights_to_start_from(extra, flags, pretrained, tmp_path):
     copy = shutil.copy(pretrained, tmp_path / "start.pth")
     flags = [*flags, *extra, "--finetune", copy]
@@ -114,6 +116,8 @@ def test_what_is_resumed_needs_no_weights_to_start_from(extra, flags, pretrained
     whole, parts = (state_of(tmp_path / name)["model"] for name in ("whole", "out"))
     encoder = [name for name in whole if not name.startswith("head.")]
     assert all(torch.equal(whole[name], parts[name]) for name in encoder)
+    if extra:  # features are made anew
+        torch.testing.assert_close(parts, whole, rtol=0, atol=0)
 
 
 def test_an_encoder_that_pools_before_its_norm_is_probed(flags, tmp_path, capsys):

@@ -1,15 +1,16 @@
 """Flags that a run makes no use of, with the reason; imports no torch."""
 
 import argparse
+from collections.abc import Callable
 
 Idle = dict[str, str]  # the reason, by the flag
 
 
-def idle_of(flags: dict) -> Idle:
-    """Of any of the three scripts, by its flags."""
+def idle_of(flags: dict) -> Callable[[dict], Idle]:
+    """The function, of flags, for the one of the three scripts that has these."""
     kinds = {"weight_simclr": idle_pretrain, "layer_decay": idle_finetune, "knn": idle_linprobe}
-    find = next((kind for name, kind in kinds.items() if name in flags), None)
-    return find(argparse.Namespace(**flags)) if find else {}
+    find = next((kind for name, kind in kinds.items() if name in flags), lambda _: {})
+    return lambda flags: find(argparse.Namespace(**flags))
 
 
 def idle_pretrain(args: argparse.Namespace) -> Idle:

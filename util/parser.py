@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -38,7 +38,7 @@ from util.parents import end_with_parent
 
 logger = logging.getLogger(__name__)
 
-RULES = 3  # an index by other rules is not believed
+RULES = 4  # an index by other rules is not believed
 SHOWN = 5  # damaged archives that are named
 SLOW = 64  # archives whose indexing is worth a line
 OPEN_FILES = 64  # archives that a process keeps open

@@ -28,6 +28,9 @@ INDIFFERENT = (
     "dist_on_itp", "dist_url", "eval", "dist_eval", "eval_freq", "predict", "grad_checkpointing",
     "finetune", "init",
 )  # fmt: skip
+# Of the model, also where it makes no use of what they shape.
+SHAPES = {"projection_layers", "projection_dim", "projection_norm"}
+SHAPES |= {"mask_token_width", "noise_level_tokens"}
 COUNT = r"\w+: ([\d,]+) images"  # how the words of a split begin
 MIXED = ": in another order from here on, some of this epoch's twice, some not at all"
 SCHEDULE = "the learning rate follows the new schedule from here on"
@@ -41,7 +44,8 @@ MEANING["shuffle_window"] = "in another order: some images of this epoch are see
 def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: str | Path) -> None:
     """Raises UserError if `--resume auto` found a checkpoint of another script or objective."""
     there, here = OLD | state.get("args", {}), OLD | vars(args)
-    unused = idle_of(here | there).keys() & idle_of(here).keys()
+    find = idle_of(here)
+    unused = (find(here | there).keys() & find(here).keys()) - SHAPES
     for name in (*EXPERIMENT, *RECIPES["release"]) if state.get("args") else ():
         if name in unused:
             continue

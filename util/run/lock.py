@@ -96,8 +96,9 @@ def _start_beating() -> None:
     global _beating
     if _beating is None:
         ended = threading.Event()
-        _beating = ended, threading.Thread(target=_beat, args=(ended,), daemon=True)
-        _beating[1].start()
+        thread = threading.Thread(target=_beat, args=(ended,), daemon=True)
+        thread.start()
+        _beating = ended, thread
 
 
 def _beat(ended: threading.Event) -> None:
