@@ -83,8 +83,7 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
     if weighs_up:
         state = settle_grid(state)
         args.global_pool = state.get("args", {}).get("global_pool", args.global_pool)
-    if not run.resumed:  # which has done it
-        inherit_pixels(args, state.get("args", {}), source)
+    inherit_pixels(args, state.get("args", {}), source)
     train, val, run.classes = from_rank_zero(lambda: open_images(args, state))
     run.data = settle_pixels(args, train=train, val=val)
     val_data = SeededDataset(val, eval_transform_of(args), args.seed)
@@ -93,16 +92,14 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
     seed_all(args.seed)
     precision = Precision(args.precision, device)
     model = build(args, len(run.classes))
-    if run.resumed:
-        pass  # all of it is loaded later
-    elif not state:
-        logger.info("encoder: random, since --finetune names no weights")
-    elif weighs_up:
+    if weighs_up:
         for words in fit_input(model, state["model"], source, state.get("args")):
             logger.info(words)
         load_model(model, state["model"], source)
-    else:
+    elif state:
         load_encoder(model, state["model"], source, state.get("args"))
+    elif not run.resumed:
+        logger.info("encoder: random, since --finetune names no weights")
     return Task(run, train, val, val_loader, model.to(device), precision)
 
 

@@ -79,15 +79,15 @@ def describe_objective(args: Namespace, model: MaskedAutoencoderViT) -> None:
     method = methods[model.contrastive, model.reconstruct]
     noise = f"noise up to {args.std}" if model.noise_loss else "no noise"
     share = args.weight_noise if model.noise_loss else 0.0
-    patches = model.patch_embed.num_patches
+    idle, patches = idle_pretrain(args), model.patch_embed.num_patches
     kept = int(patches * (1 - args.mask_ratio))
     logger.info(
         f"objective: {method} = {args.weight_mae * (1 - share):.4g} reconstruction + "
         f"{args.weight_mae * share:.4g} noise + {args.weight_simclr:.4g} contrastive, "
         f"mask ratio {args.mask_ratio}, {noise}, {kept} of {patches} patches kept"
     )
-    names = [name for name in RECIPES[args.recipe] if name not in idle_pretrain(args)]
-    chosen = ", ".join(f"{name} {shown(getattr(args, name))}" for name in names)
+    used = [name for name in RECIPES[args.recipe] if name not in idle]
+    chosen = ", ".join(f"{name} {shown(getattr(args, name))}" for name in used)
     logger.info(f"recipe {args.recipe}: {chosen}")
     if model.contrastive:
         logger.info(f"contrast: {negatives} negatives per anchor")

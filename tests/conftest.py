@@ -119,10 +119,14 @@ def run_main(script: ModuleType, *flags: object) -> int:
     return 0
 
 
+def complaints(stderr: str) -> list[str]:
+    """The lines on standard error, but for those that name flags without use."""
+    return [line for line in stderr.strip().splitlines() if " is not used here: " not in line]
+
+
 def the_error(stderr: str) -> str:
     """The one line on standard error that tells the user what is wrong."""
-    lines = stderr.strip().splitlines()
-    lines = [line for line in lines if " is not used here: " not in line]  # of flags, before it
+    lines = complaints(stderr)
     assert len(lines) == 1, stderr
     assert ": error: " in lines[0]
     return lines[0]

@@ -175,8 +175,8 @@ def test_the_documents_numbers_are_the_logs():
         cells = [found["probe pooled-100"], found["kNN pooled"]]
         cells = " | ".join(map(tables.written, cells))
         if name in ("can", "can-release", "mae", "simclr"):
-            hours = [record["processor_seconds"] / 3600 for record in records]
-            assert f" | {tables.written(hours, 2)} | {cells} |" in readme, name
+            hours = tables.written(tables.processor_hours(records), 2)
+            assert f" | {hours} | {cells} |" in readme, name
     logs = tables.read(study.LOGS / "methods", sweeps.METHODS)
     logs |= tables.read(study.LOGS / "ablations", sweeps.ABLATIONS)
     for name in ("can", "simclr", "norm-pix"):

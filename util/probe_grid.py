@@ -40,11 +40,16 @@ class GridHeads(nn.Module):
         self.weight = nn.Parameter(start / scale[:, None, None])
         self.bias = nn.Parameter(torch.zeros(heads, classes))
 
+    @property
+    def scaled(self) -> Tensor:
+        """W [G, K, D]."""
+        return self.weight * self.scale[:, None, None]
+
     def forward(self, features: Tensor) -> Tensor:
         classes, width = self.weight.shape[1:]
         inputs = self.norm(features.float()).view(-1, len(POOLS), width)
         inputs = inputs.transpose(0, 1)  # [2, N, D]
-        matrix = (self.weight * self.scale[:, None, None]).view(len(POOLS), -1, width)
+        matrix = self.scaled.view(len(POOLS), -1, width)
         logits = inputs @ matrix.transpose(1, 2)  # [2, N, R K]
         logits = logits.unflatten(2, (-1, classes)).transpose(1, 2).flatten(0, 1)
         return logits + (self.bias * self.scale[:, None])[:, None]
@@ -61,7 +66,7 @@ class GridHeads(nn.Module):
         losses = F.cross_entropy(logits.flatten(0, 1).float(), repeated, weights, reduction="none")
         total = losses.view(len(logits), -1).mean(dim=1).sum()
         if decay:
-            total = total + decay / 2 * (self.weight * self.scale[:, None, None]).square().sum()
+            total = total + decay / 2 * self.scaled.square().sum()
         return total
 
     @torch.no_grad()

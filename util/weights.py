@@ -111,14 +111,7 @@ def load_encoder(
     """
     encoder, unused = encoder_part(weights)
     wanted = {name: t for name, t in model.state_dict().items() if not name.startswith("head.")}
-    new = ["head"]
-    if "fc_norm.weight" in wanted and "norm.weight" in encoder:
-        new.append("fc_norm")
-        for kind in ("weight", "bias"):
-            del wanted[f"fc_norm.{kind}"], encoder[f"norm.{kind}"]
-        unused["norm"] = 2
-    else:
-        new += _leave_pooled_norm(wanted, encoder, unused)
+    new = ["head", *_leave_norms(wanted, encoder, unused)]
     new += fit_input(model, encoder, source, flags)
     check_same(wanted, encoder, source)
     model.load_state_dict(model.state_dict() | encoder)
@@ -137,9 +130,9 @@ def start_from(
     Position embeddings that do not depend on the images stay the model's own. As `load_encoder`.
     """
     encoder, others = encoder_part(weights)
-    own, unused, new = model.state_dict(), {}, []
+    own, unused = model.state_dict(), {}
     wanted, _ = encoder_part(own)
-    new += _leave_pooled_norm(wanted, encoder, unused)
+    new = _leave_norms(wanted, encoder, unused)
     new += fit_input(model, encoder, source, flags)
     check_same(wanted, encoder, source)
     loaded = dict(encoder)
@@ -155,16 +148,22 @@ def start_from(
     _tell("start", len(loaded), source, unused, new)
 
 
-def _leave_pooled_norm(
+def _leave_norms(
     wanted: dict[str, Tensor], encoder: dict[str, Tensor], unused: dict[str, int]
 ) -> list[str]:
-    """Takes the norm of an encoder that pools before it out of all three, if the model has none."""
-    if "norm.weight" in encoder or "norm.weight" not in wanted or "fc_norm.weight" not in encoder:
-        return []
-    for kind in ("weight", "bias"):
-        del wanted[f"norm.{kind}"], encoder[f"fc_norm.{kind}"]
-    unused["fc_norm"] = 2
-    return ["norm"]
+    """Takes both norms out where one of model and weights pools before its own, the other after.
+
+    Returns:
+        The model's, which stays new; [] where they are alike.
+    """
+    for ours, theirs in (("fc_norm", "norm"), ("norm", "fc_norm")):
+        missing, left = wanted.keys() - encoder.keys(), encoder.keys() - wanted.keys()
+        if f"{ours}.weight" in missing and f"{theirs}.weight" in left:
+            for kind in ("weight", "bias"):
+                del wanted[f"{ours}.{kind}"], encoder[f"{theirs}.{kind}"]
+            unused[theirs] = 2
+            return [ours]
+    return []
 
 
 def fit_input(

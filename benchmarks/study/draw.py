@@ -16,7 +16,17 @@ from flops import forward_flops
 from sklearn.manifold import TSNE
 from study import SIDE, data_folder
 from sweeps import ABLATIONS, METHODS, SCALE
-from tables import TERMS, Logs, accuracies, get_args_parser, is_trained, mean, read, seed_deviations
+from tables import (
+    TERMS,
+    Logs,
+    accuracies,
+    get_args_parser,
+    is_trained,
+    mean,
+    processor_hours,
+    read,
+    seed_deviations,
+)
 
 from model_mae import MaskedAutoencoderViT, model_from_checkpoint
 from util.args import number
@@ -74,15 +84,16 @@ def draw_scale(logs: Logs, deviations: dict[str, float]) -> None:
     """
     logs = {name: records for name, records in logs.items() if "training" in records[0]}
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    for axis, readout in zip(axes, ("probe pooled-100", "kNN pooled"), strict=True):
+    titles = {"probe pooled-100": "linear probe", "kNN pooled": "kNN"}
+    for axis, (readout, title) in zip(axes, titles.items(), strict=True):
         for name, records in logs.items():
-            hours = np.mean([r["processor_seconds"] / 3600 for r in records])
+            hours = np.mean(processor_hours(records))
             error = deviations[readout] / len(records) ** 0.5
             label = f"{name}, {records[0]['epochs']} epochs"
             centre = np.mean(accuracies(records)[readout])
             marker = {"s": "s", "c": "o", "m": "^"}[name[0]]  # SimCLR, CAN, MAE
             axis.errorbar(hours, centre, error, fmt=marker, capsize=4, label=label)
-        axis.set_title({"p": "linear probe", "k": "kNN"}[readout[0]] + " on pooled features")
+        axis.set_title(f"{title} on pooled features")
         axis.set_xlabel("processor hours of pretraining")
         axis.set_ylabel("top-1 (%)")
         axis.grid(alpha=0.3)

@@ -71,6 +71,11 @@ def accuracies(records: list[dict]) -> dict[str, list[float]]:
     return dict(columns)
 
 
+def processor_hours(records: list[dict]) -> list[float]:
+    """Of pretraining, of every seed for which they are known."""
+    return [r["processor_seconds"] / 3600 for r in records if "processor_seconds" in r]
+
+
 def last(records: list[dict], name: str) -> list[float]:
     """A training metric after the last epoch, of every seed that has it."""
     found = (record.get("training", [{}])[-1].get(f"train_{name}") for record in records)
@@ -99,8 +104,7 @@ def accuracy_table(logs: Logs) -> None:
         epochs = str(records[0]["epochs"]) if "training" in records[0] else ""
         cells = [written(found[name].get(column, [])) for column in columns]
         if cost:
-            hours = [r["processor_seconds"] / 3600 for r in records if "processor_seconds" in r]
-            cells.insert(0, written(hours, 2))
+            cells.insert(0, written(processor_hours(records), 2))
         rows.append([name, epochs, str(len(records)), *cells])
     markdown(["run", "epochs", "seeds", *cost, *columns], rows)
 

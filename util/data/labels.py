@@ -8,13 +8,13 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from util.data.image_folder import ImageFiles
 from util.data.source import SPLIT_NAMES, Source, few, in_order
 from util.errors import UserError
+from util.files import read_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -110,14 +110,7 @@ def read_labels(table: str, data_path: str) -> dict[str, str]:
     """
     path, _, column = (table, "", "") if os.path.exists(table) else table.rpartition(":")
     path, column = (path, column) if path else (table, "")
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"--labels {table}: {error.strerror}") from None
-    except UnicodeError:
-        text = "\0"
-    if "\0" in text:  # as in UTF-16
-        raise UserError(f"--labels {table}: this is not UTF-8: save it as UTF-8")
+    text = read_utf8(path, f"--labels {table}")
     first = text.partition("\n")[0].strip()
     delimiter = max(",;\t", key=first.count)
     csv.field_size_limit(2**31 - 1)

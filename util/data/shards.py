@@ -34,6 +34,7 @@ from util.data.source import (
     rebuilt,
 )
 from util.errors import NoSplit, UserError
+from util.files import read_utf8
 from util.parents import end_with_parent
 
 logger = logging.getLogger(__name__)
@@ -214,13 +215,7 @@ def _opened(path: str, size: int, time_ns: int) -> BinaryIO:
 
 def read_lines(path: str | Path) -> list[str]:
     """A text file's lines, but for blank ones at its end; raises UserError if it is none."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    if "\0" in text:  # as in UTF-16
-        raise UserError(f"{path}: this is not UTF-8: save it as UTF-8")
-    lines = text.split("\n")
+    lines = read_utf8(path, path, "surrogateescape").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     return lines

@@ -83,9 +83,9 @@ def check_data(
             had, has = (count[1] for count in counts)
             mixed = MIXED if split == "train" and state.get("images") else ""
             logger.info(f"changed: {split} had {had} images, has {has}{mixed}")
-    before, now = state.get("classes"), classes
-    if before and before != now:
-        odd = few(sorted(set(before) ^ set(now))) or "the same, in another order"
+    before = state.get("classes")
+    if before and before != classes:
+        odd = few(sorted(set(before) ^ set(classes))) or "the same, in another order"
         other = "--finetune starts from weights alone"
         raise UserError(f"{source} cannot be resumed: its classes are others ({odd}); {other}")
 

@@ -45,9 +45,7 @@ ALLOWED += [
     for value, name in ((np.float64(0), "scalar"), (np.zeros(0), "_reconstruct"))
     for core in ("_core", "core")
 ]
-FLAGS = (
-    "can_flags"  # the name, in a .safetensors file's metadata, of what images it is for, in JSON
-)
+FLAGS = "can_flags"  # in a .safetensors file's metadata: what images it is for, as JSON
 HUGGING_FACE_FILES = ("pytorch_model.bin", "model.safetensors")  # in a model's folder
 BLOCK = 2**24  # bytes copied at once
 DOWNLOAD_TIMEOUT = 60.0  # seconds without data

@@ -87,7 +87,7 @@ def _is_there(path: Path, file: IO[str]) -> bool:
 
 
 def check_locks() -> None:
-    """Raises UserError if another run has taken a folder, as this one gave no sign of life."""
+    """Raises UserError if a folder was removed, or taken by a run that heard no sign of life."""
     if _taken:
         raise UserError(_taken[0])
 

@@ -28,19 +28,16 @@ class Job:
         module: the script's name, such as main_pretrain.
         args: its flags; %j in a folder's name becomes the job's id.
         requeue_limit: starts after the first.
-        restarts: so far, if SLURM does not count them.
     Attributes:
+        restarts: so far, if SLURM does not count them.
         submitted: when, in seconds of `time.time`.
     """
 
     submitted = 0.0  # of jobs that were submitted before this was kept
 
-    def __init__(
-        self, module: str, args: argparse.Namespace, requeue_limit: int, restarts: int = 0
-    ):
-        self.module, self.args = module, args
-        self.requeue_limit, self.restarts = requeue_limit, restarts
-        self.submitted = time.time()
+    def __init__(self, module: str, args: argparse.Namespace, requeue_limit: int):
+        self.module, self.args, self.requeue_limit = module, args, requeue_limit
+        self.restarts, self.submitted = 0, time.time()
 
     def __call__(self) -> None:
         try:
