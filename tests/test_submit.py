@@ -203,6 +203,28 @@ def test_what_a_job_that_starts_again_resumes(
     assert (started[0].resume, started[0].overwrite) == (resume, overwrite)
 
 
+def test_a_time_limit_reached_while_a_finished_job_ends_does_not_fail_it():
+    """The signal comes when Python has dropped its handlers, and is taking its modules down."""
+    code = """if True:
+        import os, signal, types
+        import submitit
+        from util.slurm.job import Job
+
+        class Last:
+            def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGUSR2):
+                kill(process, number)
+                os.write(1, b"sent")
+
+        signal.signal(signal.SIGUSR2, print)  # as submitit does
+        submitit.JobEnvironment = lambda: types.SimpleNamespace(USR_SIG="USR2")
+        Job._run = lambda self, env: None
+        Job("main_pretrain", None, 3)()
+        last = Last()
+    """
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "sent"), ended.stderr
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_are_short_and_submit_without_torch(script):
     assert len((ROOT / f"{script}.py").read_text().splitlines()) <= 15

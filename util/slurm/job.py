@@ -40,12 +40,16 @@ class Job:
         self.restarts, self.submitted = 0, time.time()
 
     def __call__(self) -> None:
+        env = submitit.JobEnvironment()
         try:
-            self._run(submitit.JobEnvironment())
+            self._run(env)
         except Exception:
             # submitit would pickle the traceback, raise it again and log it twice.
             traceback.print_exc()
             sys.exit(1)
+        # All is saved. Python drops its handlers before it ends: a time limit reached then would
+        # kill this process, and SLURM call the job failed.
+        signal.signal(_signal(env), signal.SIG_IGN)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """The job's next start. submitit calls this on rank 0 only: nothing here is collective."""
