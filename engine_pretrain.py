@@ -92,7 +92,9 @@ def describe_objective(args: Namespace, model: MaskedAutoencoderViT) -> None:
     if model.contrastive:
         logger.info(f"contrast: {negatives} negatives per anchor")
         if args.accum_iter > 1 and is_main_process():
+            with_norm = args.projection_norm == "batch" and "projection_norm" not in idle
+            also = ", and BatchNorm normalises over their images" if with_norm else ""
             logger.warning(
                 f"warning: --accum_iter {args.accum_iter} adds up gradients, not negatives: each "
-                f"anchor still sees {negatives}"
+                f"anchor still sees {negatives}{also}"
             )

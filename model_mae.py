@@ -30,7 +30,7 @@ class MaskedAutoencoderViT(nn.Module):
     """One ViT encoder trained by contrast, reconstruction and noise prediction (CAN, figure 1).
 
     Parts that the objective leaves out (`contrastive`, `reconstruct`, `noise_loss` false) keep
-    their parameters, so that all checkpoints have the same keys, but are frozen and not computed.
+    their parameters, so that the keys do not depend on it, but are frozen and not computed.
 
     Args:
         img_size: side of the images in pixels, or (H, W), multiples of `patch_size`.

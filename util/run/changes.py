@@ -41,19 +41,29 @@ MEANING["data_path"] = "the epoch continues at the same position, of what images
 MEANING["shuffle_window"] = "in another order: some images of this epoch are seen twice, some not"
 
 
-def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: str | Path) -> None:
-    """Raises UserError if `--resume auto` found a checkpoint of another script or objective."""
+def check_experiment(
+    state: dict[str, Any], args: argparse.Namespace, source: str | Path, auto: bool
+) -> None:
+    """Raises UserError if a checkpoint's model has other shapes, by flags.
+
+    Args:
+        auto: `--resume auto` found it: also if it is of another script or objective.
+    """
     there, here = OLD | state.get("args", {}), OLD | vars(args)
     find = idle_of(here)
     unused = (find(here | there).keys() & find(here).keys()) - SHAPES
-    for name in (*EXPERIMENT, *RECIPES["release"]) if state.get("args") else ():
+    names = [*EXPERIMENT, *RECIPES["release"]] if auto else sorted(SHAPES & vars(args).keys())
+    for name in names if state.get("args") else ():
         if name in unused:
             continue
         values = [repr(flags[name]) if name in flags else "no flag" for flags in (there, here)]
         if values[0] != values[1]:
+            differs = f"--{name} is {values[0]} there, {values[1]} here"
+            if not auto:
+                raise UserError(f"{source} cannot be resumed: {differs}")
             raise UserError(
-                f"--resume auto: {source} is of another experiment: --{name} is {values[0]} there, "
-                f"{values[1]} here; give another --output_dir, or --resume {source}"
+                f"--resume auto: {source} is of another experiment: {differs}; give another "
+                f"--output_dir, or --resume {source}"
             )
 
 

@@ -94,8 +94,7 @@ class Run:
                 value = self.resumed.get(name, least)
                 if not isinstance(value, int) or value < least:
                     raise UserError(f"{self.source} is damaged: its {name} is {value!r}")
-            if resume == "auto":
-                check_experiment(self.resumed, args, self.source)
+            check_experiment(self.resumed, args, self.source, resume == "auto")
         inherit_pixels(args, self.resumed.get("args", {}), self.source, resume == "auto")
         resolve(args, self.resumed)
 
