@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from util.distributed import (
     from_rank_zero,
     get_world_size,
     init_distributed_mode,
+    is_main_process,
     max_over_ranks,
     sum_over_ranks,
 )
@@ -290,6 +292,7 @@ def fit(
     """
     run, model = training.run, training.model.module
     describe_run(training.args, model, training.precision, training.steps)
+    stats, guessing = {"loss": 0.0}, math.log(len(run.classes))
     for epoch in range(run.epoch, training.args.epochs):
         stats = train_one_epoch(training, epoch, mixup, smoothing, weights)
         scores = evaluate(model, val_loader, training.precision, run.poll)
@@ -298,6 +301,11 @@ def fit(
         training.log.add_epoch(epoch, stats, {f"test_{name}": v for name, v in scores.items()})
         run.save(epoch, score=scores["acc1"])
     training.log.close()
+    if stats["loss"] > 1.1 * guessing and is_main_process():  # whatever the smoothing and mixup
+        logger.warning(
+            f"warning: the last epoch's training loss {stats['loss']:.4g} is worse than that of "
+            f"guessing, {guessing:.4g}: the learning rate, {training.args.lr:.4g}, may be too high"
+        )
 
 
 def fit_grid(task: Task) -> None:

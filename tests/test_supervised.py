@@ -301,3 +301,13 @@ def test_fine_tuning_learns_digits(capsys):
     recipe = ["--epochs", 3, "--warmup_epochs", 1, "--blr", 8e-3, "--layer_decay", 1, "--aa", ""]
     assert run_main(main_finetune, *flags, *recipe, "--reprob", 0, "--precision", "fp32") == 0
     assert last_top1(capsys) > 20
+
+
+@pytest.mark.parametrize(("blr", "warned"), [("1", False), ("3000", True)])
+def test_a_probe_that_ends_worse_than_guessing_is_pointed_out(blr, warned, capsys):
+    """With LARS weights grow without limit where the rate is too high, and accuracy says little."""
+    flags = [*DIGITS, "--model", "vit_nano_patch4", "--output_dir", "", "--cache_features"]
+    recipe = ["--batch_size", 64, "--epochs", 6, "--warmup_epochs", 1, "--blr", blr]
+    assert run_main(main_linprobe, *flags, *recipe) == 0
+    words = "is worse than that of guessing, 2.303: the learning rate"
+    assert (words in capsys.readouterr().out) == warned
