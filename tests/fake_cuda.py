@@ -111,8 +111,11 @@ class Stand(nn.Module):
         return contextlib.nullcontext()
 
 
+asked: Counter[str] = Counter()  # of streams and events, by method, since the last `fake_cuda`
+
+
 class Nothing:
-    """In place of streams and events: whatever is asked of it is done."""
+    """In place of streams and events: whatever is asked of it is done, and counted."""
 
     def __init__(self, *_: object, **__: object):
         pass
@@ -121,7 +124,7 @@ class Nothing:
         return True
 
     def __getattr__(self, name: str):
-        return lambda *_, **__: None
+        return lambda *_, **__: asked.update([name])
 
 
 def backward(loss: Tensor, *_: object, **__: object) -> None:
@@ -166,7 +169,7 @@ CUDA = {
 }
 TENSOR = {
     "backward": backward,
-    "record_stream": lambda *_: None,
+    "record_stream": lambda *_: asked.update(["record_stream"]),
     "pin_memory": lambda self, *_: self,
     "new_tensor": lambda self, data: torch.tensor(data, dtype=self.dtype).to(self.device),
 }
@@ -181,6 +184,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
         init("gloo", **kwargs)
 
     mode = FakeCuda()
+    asked.clear()
     with contextlib.ExitStack() as stack:
         replace = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
         for name, value in CUDA.items():

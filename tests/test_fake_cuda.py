@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import ROOT, run_main
-from fake_cuda import fake_cuda
+from fake_cuda import asked, fake_cuda
 
 import engine_finetune
 import engine_pretrain
@@ -20,6 +20,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from util.data import augment
+from util.run import background
 from util_contrastive import draw_parameters
 
 pytestmark = pytest.mark.skipif(
@@ -107,6 +108,17 @@ def test_a_script_runs_on_one_device_and_waits_only_where_it_may(name, waits):
 def test_no_wait_is_allowed_that_none_needs(waits):
     found = set().union(*map(waits, RUNS))
     assert (STARTUP | SAVED | PRINTED | EPOCH | PICTURES) - found == set()
+
+
+def test_batches_and_saves_wait_for_their_copies(photos, tmp_path, monkeypatch):
+    """The step for its batch, whose memory is kept until then; the file's writer for the weights."""
+    waited = []
+    monkeypatch.setattr(background, "wait_for_device", waited.append)
+    run(main_pretrain, photos, tmp_path, *MAE, "--epochs", 1, "--augment", "none")
+    steps = 48 // 12
+    assert asked["wait_stream"] >= steps
+    assert asked["record_stream"] >= 2 * steps  # two views
+    assert waited == [torch.device("cuda", 0)] * (steps + 1)  # and at the end
 
 
 def test_the_check_for_the_first_gpu_runs(monkeypatch, capsys):

@@ -16,6 +16,7 @@ def share(
 ) -> list[int]:  # fmt: skip
     monkeypatch.setattr("util.data.order.get_world_size", lambda: ranks)
     monkeypatch.setattr("util.data.order.get_rank", lambda: rank)
+    monkeypatch.setattr("util.data.order.CHUNK", 5)
     sampler = EpochSampler(range(100), per_step, seed=3, **{"groups": GROUPS, **options})
     sampler.set_epoch(epoch, done)
     return [index for _, index in sampler]

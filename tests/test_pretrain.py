@@ -131,7 +131,7 @@ def test_accumulated_batches_train_as_one_batch(photos_run, tmp_path, monkeypatc
 
 
 def test_gradients_are_reduced_once_per_step(photos_run, monkeypatch):
-    reductions = []
+    reductions, batches = [], []
 
     class Counted(torch.nn.parallel.DistributedDataParallel):
         def __init__(self, *args, **kwargs):
@@ -141,10 +141,16 @@ def test_gradients_are_reduced_once_per_step(photos_run, monkeypatch):
         @staticmethod
         def count(state, bucket):
             reductions.append(bucket.is_last())
+            assert batches[-1] % 4 == 3  # the last of a step's four: its gradient is the sum's
             future = torch.futures.Future()
             future.set_result(bucket.buffer())
             return future
 
+    def seed_all(seed, *position, original=training.seed_all):
+        original(seed, *position)
+        batches.extend(position[1:2])
+
+    monkeypatch.setattr(training, "seed_all", seed_all)
     monkeypatch.setattr(training, "DistributedDataParallel", Counted)
     flags = ["--epochs", 2, "--batch_size", 4, "--accum_iter", 4, "--output_dir", ""]
     assert run_main(main_pretrain, *photos_run, *flags) == 0

@@ -27,8 +27,10 @@ from util.run import run as util_run
 from util.run.interrupt import Interrupts
 
 
-def test_resuming_after_an_epoch_equals_never_having_stopped(photos_run, tmp_path, monkeypatch):
-    flags = [*photos_run, "--epochs", 3, "--warmup_epochs", 1]
+def test_resuming_after_an_epoch_equals_never_having_stopped(
+    photos_run, tmp_path, monkeypatch, capsys
+):
+    flags = [*photos_run, "--epochs", 3, "--warmup_epochs", 1, "--save_freq", 1]
     assert run_main(main_pretrain, *flags) == 0
 
     def stop_after_the_second(self, epoch, save=util_run.Run.save):
@@ -41,15 +43,26 @@ def test_resuming_after_an_epoch_equals_never_having_stopped(photos_run, tmp_pat
         patch.setattr(util_run.Run, "save", stop_after_the_second)
         assert run_main(main_pretrain, *again) == 130
     assert run_main(main_pretrain, *again) == 0
+    assert "checkpoint-last.pth: epoch 2, step 0" in capsys.readouterr().out
     assert_same_run(tmp_path / "out", tmp_path / "again")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_within_an_epoch_loses_nothing(number, photos_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "precision"),
+    [
+        (signal.SIGTERM, "bf16"),
+        (signal.SIGUSR1, "fp16"),  # whose loss scale is part of the state
+        (signal.SIGUSR2, "fp32"),
+        (signal.SIGINT, "auto"),
+    ],
+)
+def test_a_signal_within_an_epoch_loses_nothing(
+    number, precision, photos_run, tmp_path, monkeypatch
+):
     """Steps of 4 images, 12 an epoch; the signal comes in the second epoch's fifth step."""
     monkeypatch.setattr(training, "PRINT_FREQ", 3)
     flags = [*photos_run, "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 2, "--accum_iter", 2]
-    flags += ["--model", "mae_vit_nano_patch4"]
+    flags += ["--model", "mae_vit_nano_patch4", "--precision", precision]
     assert run_main(main_pretrain, *flags) == 0
 
     again = [*flags, "--output_dir", tmp_path / "again", "--resume", "auto"]

@@ -50,6 +50,7 @@ def test_training_goes_on_while_a_file_is_written(flags, tmp_path, monkeypatch):
         if not states:
             states.append({name: t.clone() for name, t in state["model"].items()})
             assert stepped.wait(60)
+            time.sleep(1)  # while the next state is ready to be copied
         original(state, path)
 
     monkeypatch.setattr(util_run, "save", save)
