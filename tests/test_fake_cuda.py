@@ -111,7 +111,7 @@ def test_no_wait_is_allowed_that_none_needs(waits):
 
 
 def test_batches_and_saves_wait_for_their_copies(photos, tmp_path, monkeypatch):
-    """The step for its batch, whose memory is kept until then; the file's writer for the weights."""
+    """The step for its batch, whose memory is kept until then; the writer for the weights."""
     waited = []
     monkeypatch.setattr(background, "wait_for_device", waited.append)
     run(main_pretrain, photos, tmp_path, *MAE, "--epochs", 1, "--augment", "none")
