@@ -214,3 +214,26 @@ def test_ranks_that_see_other_checkpoints_do_not_train(tmp_path):
     state = state_of(tmp_path / "1")
     checkpoint.save(state | {"epoch": state["epoch"] + 1}, tmp_path / "1" / LAST)
     in_processes(_resume_a_folder_of_its_own, 2, str(tmp_path))
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch):
+    """Else a power cut may leave neither."""
+    done = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, f=original: done.append(n) or f(*a))
+    checkpoint.save({"epoch": 0}, tmp_path / "x.pth")
+    assert done == ["fsync", "replace", "fsync"]  # the last is the folder's
+
+
+def test_the_save_interval_is_in_minutes(flags, monkeypatch):
+    seconds = []
+
+    class Spy(util_run.Interrupts):
+        def __init__(self, save_interval):
+            seconds.append(save_interval)
+            super().__init__(save_interval)
+
+    monkeypatch.setattr(util_run, "Interrupts", Spy)
+    assert run_main(main_pretrain, *flags, "--epochs", 1, "--save_interval", 7) == 0
+    assert seconds == [420]
