@@ -18,6 +18,7 @@ from study import SIDE, data_folder
 from sweeps import ABLATIONS, METHODS, SCALE
 from tables import (
     TERMS,
+    Cost,
     Logs,
     accuracies,
     get_args_parser,
@@ -25,6 +26,7 @@ from tables import (
     mean,
     processor_hours,
     read,
+    read_cost,
     seed_deviations,
 )
 
@@ -76,26 +78,27 @@ def draw_accuracies(logs: Logs) -> None:
     save(figure, "accuracy.png")
 
 
-def draw_scale(logs: Logs, deviations: dict[str, float]) -> None:
+def draw_scale(logs: Logs, cost: Cost, deviations: dict[str, float]) -> None:
     """Accuracy of a linear probe and of kNN against the processor time of pretraining.
 
     Args:
-        deviations: between seeds, of other runs: few of these have several.
+        deviations: between seeds, of the first study's runs: few of these have several.
     """
     logs = {name: records for name, records in logs.items() if "training" in records[0]}
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    titles = {"probe pooled-100": "linear probe", "kNN pooled": "kNN"}
-    for axis, (readout, title) in zip(axes, titles.items(), strict=True):
-        for name, records in logs.items():
-            hours = np.mean(processor_hours(records))
-            error = deviations[readout] / len(records) ** 0.5
+    readouts = {"probe chosen-100": "probe pooled-100", "kNN pooled": "kNN pooled"}  # there
+    titles = ("linear probe", "kNN on pooled features")
+    for axis, title, (readout, first) in zip(axes, titles, readouts.items(), strict=True):
+        for i, (name, records) in enumerate(logs.items()):
+            if not (values := accuracies(records).get(readout)):
+                continue
+            hours, error = processor_hours(records[0], cost), deviations[first] / len(values) ** 0.5
             label = f"{name}, {records[0]['epochs']} epochs"
-            centre = np.mean(accuracies(records)[readout])
-            marker = {"s": "s", "c": "o", "m": "^"}[name[0]]  # SimCLR, CAN, MAE
-            axis.errorbar(hours, centre, error, fmt=marker, capsize=4, label=label)
-        axis.set_title(f"{title} on pooled features")
+            look = {"fmt": {"s": "s", "c": "o", "m": "^"}[name[0]], "color": f"C{i}"}
+            axis.errorbar(hours, np.mean(values), error, capsize=4, label=label, **look)
+        axis.set_title(title)
         axis.set_xlabel("processor hours of pretraining")
-        axis.set_ylabel("top-1 (%)")
+        axis.set_ylabel("top-1 (%), with its error by seeds")
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, "scale.png")
@@ -189,9 +192,11 @@ def main(args: argparse.Namespace) -> None:
     methods = read(args.log_dir / "methods", METHODS)
     draw_accuracies(methods)
     draw_losses(methods)
-    if scale := read(args.log_dir / "scale", SCALE):
+    scale, cost = read(args.log_dir / "scale", SCALE), read_cost(args.log_dir)
+    if scale and cost:
         ablations = read(args.log_dir / "ablations", ABLATIONS)
-        draw_scale(scale, seed_deviations([*methods.values(), *ablations.values()]))
+        deviations = seed_deviations([*methods.values(), *ablations.values()])
+        draw_scale(scale, cost, deviations)
     if args.work_dir:
         can = methods["can"][0]
         data = data_folder(args.work_dir, can["images"], can["test_images"])

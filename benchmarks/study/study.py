@@ -39,6 +39,7 @@ from model_vit import build_probe
 from util.data.order import SeededDataset
 from util.data.transforms import eval_transform
 from util.datasets import open_dataset
+from util.layouts import settle_grid
 from util.parser import HelpFormatter, number
 from util.run.checkpoint import LAST, load
 from util.sizes import SIZES
@@ -50,13 +51,17 @@ SIDE = 32  # of the images, in pixels
 PRETRAIN = "--blr 2e-3 --warmup_epochs 2 --blur_prob 0"
 SUPERVISED = "--blr 2e-3 --warmup_epochs 2 --aa '' --reprob 0 --drop_path 0 --layer_decay 1"
 # Settled on a random encoder and a tenth of the training images held out, before any run.
-PROBE = {
-    "100": "--blr 50 --epochs 50 --warmup_epochs 5",
-    "10": "--blr 30 --epochs 100 --warmup_epochs 10",
-    "1": "--blr 30 --epochs 200 --warmup_epochs 20",
+PROBE_BLR = {"100": 50, "10": 30, "1": 30}
+PROBE_LENGTH = {
+    "100": "--epochs 50 --warmup_epochs 5",
+    "10": "--epochs 100 --warmup_epochs 10",
+    "1": "--epochs 200 --warmup_epochs 20",
 }
 PROBE_BATCH = {"100": 256, "10": 100, "1": 100}  # or all images, if there are fewer
 POOLS = {"cls": "--cls_token", "pooled": "--global_pool"}
+# With LARS at these rates weights grow with the number of steps, at 50,000 images until probes are
+# worse than guessing. There the probe chooses its rate, and pooling, itself.
+CHOSEN = {"chosen": "--blr auto"}
 DIGITS = 5  # that logs keep
 
 
@@ -194,7 +199,7 @@ def _rounded(value: float) -> float:
 @torch.no_grad()
 def right_answers(probe: Path, data_path: str) -> str:
     """Which test images a linear probe has right: a bit for each, in the folder's order, in hex."""
-    state = load(probe)
+    state = settle_grid(load(probe))
     flags = argparse.Namespace(**state["args"])
     images = open_dataset(data_path, train=False)
     model = build_probe(flags, len(images.classes)).eval()
@@ -234,9 +239,7 @@ def is_done(where: Callable, run: Run, seed: int, args: argparse.Namespace) -> b
     return True
 
 
-def train(
-    run: Run, launch: Launcher, size: str, images: int, flags: str, folder: Path, data: str
-) -> dict:
+def train(run: Run, launch: Launcher, size: str, flags: str, folder: Path, data: str) -> dict:
     """Trains in a folder; returns the log of its epochs, and of a pretraining the analysis."""
     flags = f"{flags} --data_path {data} --output_dir {folder} --resume auto"
     if run.supervised:
@@ -249,31 +252,32 @@ def train(
     if run.variant:
         words = ["benchmarks/study/variants.py", run.variant, words[1]]
         analyse += f" --variant {run.variant}"
-    before = load(folder / LAST) if (folder / LAST).exists() else {"epoch": -1}
     launch(*words, processes=run.processes)
-    found = {"training": epochs_log(folder)}
-    if (epochs := len(found["training"])) > before["epoch"] + 1:
-        # Of what was interrupted, the images that were left stand for all.
-        seen = before["epoch"] + 1 + before.get("images", 0) / images
-        found["processor_seconds"] = round(launch.processor_seconds * epochs / (epochs - seen))
-    found["analysis"] = json.loads(launch("benchmarks/study/analysis.py", analyse))
-    return found
+    analysis = json.loads(launch("benchmarks/study/analysis.py", analyse))
+    return {"training": epochs_log(folder), "analysis": analysis}
 
 
 def probe(
-    run: Run, launch: Launcher, encoder: str, images: int, work: Path, data: dict[str, str]
+    run: Run,
+    launch: Launcher,
+    encoder: str,
+    args: argparse.Namespace,
+    work: Path,
+    data: dict[str, str],
 ) -> dict:
     """Probes an encoder, given by flags: kNN, linear probes, and which images those have right."""
     found = {"knn": {}, "probe": {}, "right": {}}
     for pool, flag in POOLS.items():
         output = launch("main_linprobe.py", encoder, flag, f"--data_path {data['100']} --knn")
         found["knn"][pool] = percent("kNN top-1", output)
+    for pool, flag in (CHOSEN if SWEEPS[args.what].probe_chooses else POOLS).items():
         for share in run.shares:
             folder = work / f"probe-{pool}-{share}"
-            batch = min(PROBE_BATCH[share], int(SHARES[share] * images))
+            batch = min(PROBE_BATCH[share], int(SHARES[share] * args.images))
             where = f"--data_path {data[share]} --output_dir {folder} --resume auto"
-            how = f"--cache_features --batch_size {batch} {PROBE[share]}"
-            launch("main_linprobe.py", encoder, flag, where, how)
+            how = f"--cache_features --batch_size {batch} {PROBE_LENGTH[share]}"
+            rate = f"--blr {PROBE_BLR[share]}" if pool in POOLS else ""
+            launch("main_linprobe.py", encoder, flag, rate, where, how)
             found["probe"][f"{pool}-{share}"] = epochs_log(folder)[-1]
         found["right"][pool] = right_answers(work / f"probe-{pool}-100" / LAST, data["100"])
     return found
@@ -287,13 +291,11 @@ def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str
     record = {"name": run.name, "seed": seed} | settings(run, args)
 
     length = f"--batch_size {args.batch_size // run.processes} --epochs {record['epochs']}"
-    record |= train(
-        run, launch, args.size, args.images, f"{common} {length}", work / "train", data["100"]
-    )
+    record |= train(run, launch, args.size, f"{common} {length}", work / "train", data["100"])
     if not run.supervised:
         weights = "" if run.flags is None else f"--finetune {work / 'train' / LAST}"
         encoder = f"--model vit_{args.size} {weights} {common}"
-        record |= probe(run, launch, encoder, args.images, work, data)
+        record |= probe(run, launch, encoder, args, work, data)
 
     record["data"], record["seconds"] = Path(args.data_path).name, round(time.time() - begin)
     write_log(log, record, launch)

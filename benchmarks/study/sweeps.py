@@ -141,6 +141,7 @@ class Sweep(NamedTuple):
         test_images: to probe on.
         epochs: of pretraining; of runs of equal FLOPs, CAN's.
         held_out: those to probe on are training images, the next ones of each class.
+        probe_chooses: its rate and pooling, by a tenth of the training images.
     """
 
     runs: list[Run]
@@ -148,13 +149,14 @@ class Sweep(NamedTuple):
     test_images: int
     epochs: int
     held_out: bool = False
+    probe_chooses: bool = False
 
 
 SWEEPS = {
     "methods": Sweep(METHODS, 10_000, 5_000, 20),
     "ablations": Sweep(ABLATIONS, 10_000, 5_000, 20),
     "recipes": Sweep(RECIPES, 9_000, 1_000, 20, held_out=True),
-    "scale": Sweep(SCALE, 50_000, 10_000, 40),
+    "scale": Sweep(SCALE, 50_000, 10_000, 40, probe_chooses=True),
     "noise": Sweep(NOISE, 10_000, 5_000, 60),
-    "small": Sweep(SMALL, 10_000, 5_000, 20),
+    "small": Sweep(SMALL, 10_000, 5_000, 20, probe_chooses=True),
 }

@@ -29,6 +29,7 @@ TERMS = ("reconstruction", "noise", "contrastive")
 MAIN_READOUTS = ("probe cls-100", "probe pooled-100", "kNN cls", "kNN pooled")
 KINDS = ("probe", "knn")  # of what is read out of frozen features of other images
 Logs = dict[str, list[dict]]  # of all seeds, by a run's name
+Cost = dict[str, list[float]]  # by a run's name, processor seconds of 1,000 images, by round
 
 
 def read(folder: Path, order: list[Run]) -> Logs:
@@ -66,14 +67,16 @@ def accuracies(records: list[dict]) -> dict[str, list[float]]:
             columns[f"probe {name}"].append(probe["test_acc1"])
         for name, value in record.get("knn", {}).items():
             columns[f"kNN {name}"].append(value)
-        if "probe" not in record:
+        if "knn" not in record:
             columns["fine-tuned"].append(record["training"][-1]["test_acc1"])
     return dict(columns)
 
 
-def processor_hours(records: list[dict]) -> list[float]:
-    """Of pretraining, of every seed for which they are known."""
-    return [r["processor_seconds"] / 3600 for r in records if "processor_seconds" in r]
+def processor_hours(record: dict, cost: Cost) -> float:
+    """Of a whole pretraining, by what `cost.py` has measured."""
+    steps = record["epochs"] * (record["images"] // record["batch_size"])
+    images = steps * record["batch_size"]
+    return np.median(cost[record["name"]]) * images / 1000 / 3600
 
 
 def last(records: list[dict], name: str) -> list[float]:
@@ -94,19 +97,26 @@ def markdown(header: list[str], rows: list[list[str]]) -> None:
     print()
 
 
-def accuracy_table(logs: Logs) -> None:
+def read_cost(folder: Path) -> Cost:
+    """Empty where it has not been measured."""
+    path = folder / "cost.json"
+    return json.loads(path.read_text())["seconds per 1,000 images"] if path.exists() else {}
+
+
+def accuracy_table(logs: Logs, cost: Cost | None = None) -> None:
     found = {name: accuracies(records) for name, records in logs.items()}
     columns = list(dict.fromkeys(column for values in found.values() for column in values))
-    trained = [r for records in logs.values() for r in records if "training" in r]
-    cost = ["processor h"] if all("processor_seconds" in r for r in trained) else []
+    columns.sort(key=lambda column: column.startswith("probe"), reverse=True)
     rows = []
     for name, records in logs.items():
-        epochs = str(records[0]["epochs"]) if "training" in records[0] else ""
+        trained = "training" in records[0]
+        epochs = str(records[0]["epochs"]) if trained else ""
         cells = [written(found[name].get(column, [])) for column in columns]
         if cost:
-            cells.insert(0, written(processor_hours(records), 2))
+            cells.insert(0, f"{processor_hours(records[0], cost):.2f}" if trained else "")
         rows.append([name, epochs, str(len(records)), *cells])
-    markdown(["run", "epochs", "seeds", *cost, *columns], rows)
+    hours = ["processor h"] if cost else []
+    markdown(["run", "epochs", "seeds", *hours, *columns], rows)
 
 
 def terms_table(logs: Logs) -> None:
@@ -248,10 +258,10 @@ def main(args: argparse.Namespace) -> None:
     scale = read(args.log_dir / "scale", SCALE)
     noise = read(args.log_dir / "noise", NOISE)
     if small := read(args.log_dir / "small", SMALL):
-        accuracy_table(small)
-    for logs in (scale, noise):
+        accuracy_table(small, read_cost(args.log_dir))
+    for logs, cost in ((scale, read_cost(args.log_dir)), (noise, None)):
         if logs:
-            accuracy_table(logs)
+            accuracy_table(logs, cost)
             terms_table(logs)
             noise_table(logs)
     if downstream := read(args.log_dir / "downstream", SCALE):
