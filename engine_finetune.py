@@ -292,7 +292,7 @@ def fit(
     """
     run, model = training.run, training.model.module
     describe_run(training.args, model, training.precision, training.steps)
-    stats, guessing = {"loss": 0.0}, math.log(len(run.classes))
+    stats, guessing = {}, math.log(len(run.classes))
     for epoch in range(run.epoch, training.args.epochs):
         stats = train_one_epoch(training, epoch, mixup, smoothing, weights)
         scores = evaluate(model, val_loader, training.precision, run.poll)
@@ -301,9 +301,10 @@ def fit(
         training.log.add_epoch(epoch, stats, {f"test_{name}": v for name, v in scores.items()})
         run.save(epoch, score=scores["acc1"])
     training.log.close()
-    if stats["loss"] > 1.1 * guessing and is_main_process():  # whatever the smoothing and mixup
+    loss = stats.get("loss", 0.0)  # there is none if all steps were skipped
+    if loss > 1.1 * guessing and is_main_process():  # whatever the smoothing and mixup
         logger.warning(
-            f"warning: the last epoch's training loss {stats['loss']:.4g} is worse than that of "
+            f"warning: the last epoch's training loss {loss:.4g} is worse than that of "
             f"guessing, {guessing:.4g}: the learning rate, {training.args.lr:.4g}, may be too high"
         )
 

@@ -93,7 +93,7 @@ def describe_objective(args: Namespace, model: MaskedAutoencoderViT) -> None:
         logger.info(f"contrast: {negatives} negatives per anchor")
         if args.accum_iter > 1 and is_main_process():
             with_norm = args.projection_norm == "batch" and "projection_norm" not in idle
-            also = ", and BatchNorm normalises over their images" if with_norm else ""
+            also = "; nor does BatchNorm see more than one pass" if with_norm else ""
             logger.warning(
                 f"warning: --accum_iter {args.accum_iter} adds up gradients, not negatives: each "
                 f"anchor still sees {negatives}{also}"

@@ -221,7 +221,8 @@ def test_a_time_limit_reached_while_a_finished_job_ends_does_not_fail_it():
         Job("main_pretrain", None, 3)()
         last = Last()
     """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (0, "sent"), ended.stderr
 
 

@@ -41,7 +41,9 @@ def main(args: argparse.Namespace) -> None:
             one, two = (processor_seconds(run, epochs, args) for epochs in (1, 2))
             found[run.name].append(round(1000 * (two - one) / images, 3))
     machine = describe_machine(DEVICE)
-    print(json.dumps({"seconds per 1,000 images": found, "machine": machine}, indent=1))
+    setting = {"images": images, "batch_size": args.batch_size, "size": args.size}
+    setting |= {"machine": machine, "seconds per 1,000 images": found}
+    print(json.dumps(setting, indent=1))
 
 
 if __name__ == "__main__":

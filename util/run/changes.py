@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from util.data.source import few
 from util.distributed import from_rank_zero, max_over_ranks
 from util.errors import UserError
 from util.idle import idle_of
 from util.recipes import RECIPES
+from util.weights import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -41,30 +44,38 @@ MEANING["data_path"] = "the epoch continues at the same position, of what images
 MEANING["shuffle_window"] = "in another order: some images of this epoch are seen twice, some not"
 
 
-def check_experiment(
-    state: dict[str, Any], args: argparse.Namespace, source: str | Path, auto: bool
-) -> None:
-    """Raises UserError if a checkpoint's model has other shapes, by flags.
-
-    Args:
-        auto: `--resume auto` found it: also if it is of another script or objective.
-    """
+def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: str | Path) -> None:
+    """Raises UserError if `--resume auto` found a checkpoint of another script or objective."""
     there, here = OLD | state.get("args", {}), OLD | vars(args)
     find = idle_of(here)
     unused = (find(here | there).keys() & find(here).keys()) - SHAPES
-    names = [*EXPERIMENT, *RECIPES["release"]] if auto else sorted(SHAPES & vars(args).keys())
-    for name in names if state.get("args") else ():
+    for name in (*EXPERIMENT, *RECIPES["release"]) if state.get("args") else ():
         if name in unused:
             continue
         values = [repr(flags[name]) if name in flags else "no flag" for flags in (there, here)]
         if values[0] != values[1]:
-            differs = f"--{name} is {values[0]} there, {values[1]} here"
-            if not auto:
-                raise UserError(f"{source} cannot be resumed: {differs}")
+            other = "" if name in SHAPES else f", or --resume {source}"
             raise UserError(
-                f"--resume auto: {source} is of another experiment: {differs}; give another "
-                f"--output_dir, or --resume {source}"
+                f"--resume auto: {source} is of another experiment: --{name} is {values[0]} there, "
+                f"{values[1]} here; give another --output_dir{other}"
             )
+
+
+def load_weights(
+    model: nn.Module, state: dict[str, Any], args: argparse.Namespace, source: str | Path
+) -> None:
+    """Takes a checkpoint's weights out of it.
+
+    Raises:
+        UserError: they do not fit; also names the flags by which shapes may differ.
+    """
+    try:
+        load_model(model, state.pop("model"), source)
+    except UserError as error:
+        there, here = OLD | state.get("args", {}), vars(args)
+        names = [name for name in sorted(SHAPES & here.keys()) if there[name] != here[name]]
+        differ = "".join(f"; --{n} is {there[n]!r} there, {here[n]!r} here" for n in names)
+        raise UserError(f"{error}{differ}") from None
 
 
 def check_same_everywhere(state: dict[str, Any], source: str | Path) -> None:

@@ -21,13 +21,12 @@ from util.distributed import from_rank_zero, get_world_size, host_group
 from util.errors import Stopped, UserError
 from util.lr_sched import global_batch, scale_learning_rate
 from util.misc import MetricLogger
+from util.run import changes
 from util.run.background import Background, HostCopy
-from util.run.changes import check_data, check_experiment, check_same_everywhere, tell_changes
 from util.run.checkpoint import BEST, LAST, NUMBERED, copy_file, load, save
 from util.run.folder import claim_folder, open_folder
 from util.run.interrupt import Interrupts
 from util.run.lock import check_locks
-from util.weights import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +93,8 @@ class Run:
                 value = self.resumed.get(name, least)
                 if not isinstance(value, int) or value < least:
                     raise UserError(f"{self.source} is damaged: its {name} is {value!r}")
-            check_experiment(self.resumed, args, self.source, resume == "auto")
+            if resume == "auto":
+                changes.check_experiment(self.resumed, args, self.source)
         inherit_pixels(args, self.resumed.get("args", {}), self.source, resume == "auto")
         resolve(args, self.resumed)
 
@@ -130,14 +130,14 @@ class Run:
         """
         self._model, self._states = model, states
         state, path = self.resumed, self.source
-        check_same_everywhere(state, path)
+        changes.check_same_everywhere(state, path)
         if not state:
             return
         if missing := {*states, "epoch"} - state.keys():
             lacking = " and no ".join(sorted(missing))
             other = "--init of main_pretrain.py, and --finetune, start from weights alone"
             raise UserError(f"{path} cannot be resumed: it has no {lacking}; {other}")
-        load_model(model, state.pop("model"), path)
+        changes.load_weights(model, state, self.args, path)
         for name, part in states.items():
             try:
                 load_state(part, state.pop(name))
@@ -154,7 +154,7 @@ class Run:
         if self.folder is not None and Path(path).resolve() == (self.folder / LAST).resolve():
             self._saved = place
         same_steps = state.get("global_batch") == global_batch(self.args)
-        tell_changes(state, vars(self.args), self._given, same_steps)
+        changes.tell_changes(state, vars(self.args), self._given, same_steps)
         if self.epoch >= (epochs := self.args.epochs):
             logger.info(f"all {epochs} epochs are done; a larger --epochs trains longer")
 
@@ -168,7 +168,7 @@ class Run:
         """
         self._loader, self._metrics, self._steps = loader, metrics, steps
         state, self.resumed = self.resumed, {}
-        check_data(state, self.data, self.classes, self.source)
+        changes.check_data(state, self.data, self.classes, self.source)
         if self.step > steps:
             at = f"it is at step {self.step}, but an epoch has {steps}"
             raise UserError(f"{self.source} cannot be resumed: {at}")
