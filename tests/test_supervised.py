@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import at_step, log_of, losses_of, python, run_main, state_of, the_error
 from PIL import Image
 from torchvision.transforms import Compose
@@ -311,3 +312,11 @@ def test_a_probe_that_ends_worse_than_guessing_is_pointed_out(blr, warned, capsy
     assert run_main(main_linprobe, *flags, *recipe) == 0
     words = "is worse than that of guessing, 2.303: the learning rate"
     assert (words in capsys.readouterr().out) == warned
+
+
+def test_an_epoch_whose_steps_are_all_skipped_ends_well(flags, monkeypatch):
+    def cross_entropy(*args, original=F.cross_entropy, **kwargs):
+        return original(*args, **kwargs) * float("nan")
+
+    monkeypatch.setattr(F, "cross_entropy", cross_entropy)
+    assert run_main(main_finetune, *flags, "--epochs", 1, "--skip_nonfinite", 9) == 0
