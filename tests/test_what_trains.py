@@ -21,7 +21,7 @@ from util.crop import TorchCrop
 from util.lars import LARS
 from util.misc import MetricLogger
 from util.run import training
-from util_contrastive import draw_parameters, two_crops
+from util_contrastive import two_crops
 
 RUN = ["--epochs", 2, "--batch_size", 16, "--output_dir", "", "--warmup_epochs", 0]
 VIT = ["--model", "vit_nano_patch4", *TINY[2:], *RUN, "--epochs", 1]
@@ -99,8 +99,9 @@ RAMP = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))).conv
 
 
 def test_views_differ_in_their_crops_and_in_their_colours():
+    views = views_of("--input_size", "32", "--flip", "none")
     torch.manual_seed(0)
-    pairs = [views_of("--input_size", "32", "--flip", "none")(RAMP) for _ in range(40)]
+    pairs = [views(RAMP) for _ in range(40)]
     assert not any(torch.equal(one[0], two[0]) for one, two in pairs)
     alike = sum(torch.equal(one[1], two[1]) for one, two in pairs)
     assert alike < 10  # neither is blurred, jittered or grey in 1 of 150 pairs
@@ -124,17 +125,6 @@ def test_views_are_what_the_flags_say(monkeypatch):
     drawn = torch.stack([parameters for _ in range(40) for _, parameters in calm(RAMP)])
     assert not drawn[:, -2:].any()  # no hue, no blur
     assert set(drawn[:, :-2].flatten().tolist()) == {0.0, 1.0}  # at most grey
-
-
-def test_simclr_s_probabilities():
-    """Colours change in .8 of the views, grey are .2, blurred .5; within four deviations."""
-    torch.manual_seed(0)
-    drawn = torch.stack([draw_parameters() for _ in range(4000)])
-    blends = drawn[:, :-2].unflatten(1, (-1, 3))
-    grey = (blends[:, -1] == torch.tensor([0.0, 1.0, 0.0])).all(dim=1)
-    jittered = (blends[:, :-1, 0] != 1).any(dim=1)
-    for found, probability in ((jittered, 0.8), (grey, 0.2), (drawn[:, -1] > 0, 0.5)):
-        assert found.float().mean().item() == pytest.approx(probability, abs=4 * 0.008)
 
 
 @pytest.mark.parametrize(

@@ -86,16 +86,18 @@ def draw_scale(logs: Logs, cost: Cost, deviations: dict[str, float]) -> None:
     """
     logs = {name: records for name, records in logs.items() if "training" in records[0]}
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    readouts = {"probe chosen-100": "probe pooled-100", "kNN pooled": "kNN pooled"}  # there
-    titles = ("linear probe", "kNN on pooled features")
-    for axis, title, (readout, first) in zip(axes, titles, readouts.items(), strict=True):
+    panels = (  # title, readout, and the first study's like it
+        ("linear probe", "probe chosen-100", "probe pooled-100"),
+        ("kNN on pooled features", "kNN pooled", "kNN pooled"),
+    )
+    for axis, (title, readout, first) in zip(axes, panels, strict=True):
         for i, (name, records) in enumerate(logs.items()):
             if not (values := accuracies(records).get(readout)):
                 continue
             hours, error = processor_hours(records[0], cost), deviations[first] / len(values) ** 0.5
             label = f"{name}, {records[0]['epochs']} epochs"
-            look = {"fmt": {"s": "s", "c": "o", "m": "^"}[name[0]], "color": f"C{i}"}
-            axis.errorbar(hours, np.mean(values), error, capsize=4, label=label, **look)
+            marker = {"s": "s", "c": "o", "m": "^"}[name[0]] + f"C{i}"  # SimCLR, CAN, MAE
+            axis.errorbar(hours, np.mean(values), error, fmt=marker, capsize=4, label=label)
         axis.set_title(title)
         axis.set_xlabel("processor hours of pretraining")
         axis.set_ylabel("top-1 (%), with its error by seeds")

@@ -257,11 +257,12 @@ def main(args: argparse.Namespace) -> None:
         terms_table(recipes)
     scale = read(args.log_dir / "scale", SCALE)
     noise = read(args.log_dir / "noise", NOISE)
+    cost = read_cost(args.log_dir)
     if small := read(args.log_dir / "small", SMALL):
-        accuracy_table(small, read_cost(args.log_dir))
-    for logs, cost in ((scale, read_cost(args.log_dir)), (noise, None)):
+        accuracy_table(small, cost)
+    for logs in (scale, noise):
         if logs:
-            accuracy_table(logs, cost)
+            accuracy_table(logs, cost if logs is scale else None)
             terms_table(logs)
             noise_table(logs)
     if downstream := read(args.log_dir / "downstream", SCALE):
