@@ -3,6 +3,7 @@
 import argparse
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,20 @@ def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: st
     there, here = OLD | state.get("args", {}), OLD | vars(args)
     find = idle_of(here)
     unused = (find(here | there).keys() & find(here).keys()) - SHAPES
-    for name in (*EXPERIMENT, *RECIPES["release"]) if state.get("args") else ():
-        if name in unused:
-            continue
-        values = [repr(flags[name]) if name in flags else "no flag" for flags in (there, here)]
-        if values[0] != values[1]:
-            other = "" if name in SHAPES else f", or --resume {source}"
-            raise UserError(
-                f"--resume auto: {source} is of another experiment: --{name} is {values[0]} there, "
-                f"{values[1]} here; give another --output_dir{other}"
-            )
+    names = (*EXPERIMENT, *RECIPES["release"]) if state.get("args") else ()
+    if differing := _differing([n for n in names if n not in unused], there, here):
+        name, words = next(iter(differing.items()))
+        other = "" if name in SHAPES else f", or --resume {source}"
+        raise UserError(
+            f"--resume auto: {source} is of another experiment: {words}; "
+            f"give another --output_dir{other}"
+        )
+
+
+def _differing(names: Iterable[str], there: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:
+    """Words about each of these flags that a checkpoint has otherwise, by the flag's name."""
+    flags = {n: [repr(f[n]) if n in f else "no flag" for f in (there, here)] for n in names}
+    return {n: f"--{n} is {a} there, {b} here" for n, (a, b) in flags.items() if a != b}
 
 
 def load_weights(
@@ -73,9 +78,8 @@ def load_weights(
         load_model(model, state.pop("model"), source)
     except UserError as error:
         there, here = OLD | state.get("args", {}), vars(args)
-        names = [name for name in sorted(SHAPES & here.keys()) if there[name] != here[name]]
-        differ = "".join(f"; --{n} is {there[n]!r} there, {here[n]!r} here" for n in names)
-        raise UserError(f"{error}{differ}") from None
+        differ = _differing(sorted(SHAPES & here.keys()), there, here).values()
+        raise UserError("; ".join([str(error), *differ])) from None
 
 
 def check_same_everywhere(state: dict[str, Any], source: str | Path) -> None:
