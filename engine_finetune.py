@@ -335,7 +335,8 @@ def fit_grid(task: Task) -> None:
         for batch in training.batches(epoch):
             inputs, labels = to_device(batch, device)
             logits = training.model(inputs)
-            training.backward({"loss": heads.loss(logits, labels, weights, args.weight_decay)})
+            loss = heads.loss(logits, labels, weights, args.weight_decay)
+            training.backward({"loss": loss}, count=len(logits))
         broadcast_buffers(heads)
         grid = heads.accuracies(chosen_by.features, chosen_by.labels)
         heads.chosen.fill_(grid.argmax())

@@ -25,7 +25,7 @@ PRETRAIN_FLAGS = {
     "labels": "", "shuffle_window": None,
     "seed": 0, "skip_nonfinite": 0, "start_epoch": 0, "std": 0.05,
     "augment": "ssl", "init": "", "flip": None, "in_chans": None, "pages": None, "patch_size": 16,
-    "pixel_mean": None, "pixel_range": None, "pixel_std": None, "resize": None, "rotate90": False,
+    "pixel_mean": None, "pixel_range": None, "pixel_std": None, "resize": None, "rotate90": None,
     "warmup_epochs": 40, "weight_decay": 0.05, "weight_mae": 0.97, "weight_noise": 0.3,
     "weight_simclr": 0.03, "world_size": 1,
 }  # fmt: skip

@@ -126,6 +126,26 @@ def test_bands_are_pretrained_and_probed_and_exported(pretrained, tmp_path, caps
     assert model(torch.zeros(1, 6, 16, 32)).shape == (1, 96)
 
 
+def test_flips_are_the_checkpoint_s_unless_given_also_when_resumed(pretrained, tmp_path, capsys):
+    """Text pretrained without mirroring, say, must not be fine-tuned mirrored."""
+    data, out = pretrained
+    last, folder = out / "checkpoint-last.pth", tmp_path / "out"
+    flags = ["--data_path", data, *VIT, "--input_size", 16, 32, "--patch_size", 8, "--batch_size"]
+    flags += [8, "--warmup_epochs", 0, "--finetune", last, "--output_dir", folder]
+    assert run_main(main_finetune, *flags, "--epochs", 1, "--no_rotate90") == 0
+    assert f"--flip both, as {last} has it" in capsys.readouterr().out
+    theirs = state_of(folder)["args"]
+    assert (theirs["flip"], theirs["rotate90"]) == ("both", False)
+    again = [main_finetune, *flags, "--epochs", 2, "--resume", "auto"]
+    assert run_main(*again, "--flip", "none") == 1
+    said = the_error(capsys.readouterr().err)
+    assert "of another experiment: --flip is 'both' there, 'none' here" in said
+    assert run_main(*again) == 0
+    assert state_of(folder)["args"]["rotate90"] is False
+    assert run_main(main_finetune, *flags, "--overwrite", "--epochs", 1) == 0
+    assert f"--rotate90, as {last} has it" in capsys.readouterr().out
+
+
 def test_a_flag_that_differs_from_the_checkpoint_s_is_said(pretrained, capsys):
     data, out = pretrained
     flags = ["--input_size", 16, 32, "--patch_size", 8, "--finetune", out / "checkpoint-last.pth"]

@@ -1,5 +1,6 @@
 """`--blr auto`: every head trains as if it were alone, and held-out training images choose."""
 
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_the_best_on_held_out_images_is_reported(run):
     assert last[f"grid_{GridHeads.name(chosen)}"] == max(grid.values())
     assert max(grid.values()) > min(grid.values())
     assert last["test_acc1"] > 70
+    assert 0 < last["train_loss"] < math.log(10)  # the mean of all, of which no rate diverges
 
 
 def test_the_checkpoint_is_the_chosen_probe_s(run, tmp_path, capsys):

@@ -261,10 +261,11 @@ def _one_class(root):
         (None, ["--finetune", "nowhere.pth"], ["no checkpoint at nowhere.pth"]),
         (None, ["--finetune", "README.md"], ["README.md"]),
         (None, ["--model", "vit_small_patch16", "--input_size", 32], ["another architecture"]),
+        (None, ["--patch_size", 2], ["another architecture", "; --patch_size 4 takes them"]),
         (None, ["--eval", "--resume", "PRETRAINED"], ["another architecture", "it has no"]),
         (None, ["--resume", "PRETRAINED"], ["it has no", "--finetune, start from weights alone"]),
     ],
-    ids=["no val", "classes", "one class", "count", "missing", "no file", "size", "eval", "resume"],
+    ids=["val", "classes", "one", "count", "missing", "file", "size", "patch", "eval", "resume"],
 )
 def test_bad_input_is_one_line(script, spoil, extra, words, flags, pretrained, tmp_path, capsys):
     if spoil:

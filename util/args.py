@@ -58,16 +58,16 @@ def common_flags() -> argparse.ArgumentParser:
         "reading forward; 0: all of the dataset's; default: 20000 of tar shards, else 0")
     add("--input_size", type=number(int, 1, 4096, "[]"), default=224, nargs="+", action=Sides,
         metavar="SIDE", help="side of the images in pixels, or their height and width")
-    add("--patch_size", type=number(int, 1, 256, "[]"),
-        help="side of the patches in pixels; if not given, the model's")
+    add("--patch_size", type=number(int, 1, 256, "[]"), help="side in pixels; default: the model's")
     add("--resize", choices=("crop", "squash", "pad"),
         help="what fits other shapes to --input_size in evaluation: cut off what stands over, "
         "change the aspect, or add borders; default: the checkpoint's, or else crop")
     add("--flip", choices=("none", "horizontal", "both"),
-        help="random flips of training images; default: horizontal (with --augment none: none)")
-    add("--rotate90", action="store_true", help="random quarter turns; half turns if not square")
-    add("--num_workers", type=number(int, 0, 1024, "[]"), default=10,
-        help="loader processes per training process")
+        help="random flips; default: the checkpoint's, or horizontal (with --augment none: none)")
+    add("--rotate90", action="store_true", default=None, help="quarter turns; half if not square")
+    add("--no_rotate90", action="store_false", dest="rotate90", default=None,
+        help="no turns; default: the checkpoint's, or none")
+    add("--num_workers", type=number(int, 0, 1024, "[]"), default=10, help="loaders per process")
     add("--pin_mem", action="store_true", default=True, help="pin memory for GPUs (default)")
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="do not pin memory")
 

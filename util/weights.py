@@ -67,7 +67,10 @@ def check_same(own: dict[str, Tensor], weights: dict[str, Tensor], source: str |
             raise UserError(f"{other}: it has no {name}")
         found = weights[name]
         if found.shape != tensor.shape:
-            raise UserError(f"{other}: {name} is {list(found.shape)}, not {list(tensor.shape)}")
+            patches = name == "patch_embed.proj.weight" and found.shape[:2] == tensor.shape[:2]
+            hint = f"; --patch_size {found.shape[-1]} takes them" * patches
+            shapes = f"{name} is {list(found.shape)}, not {list(tensor.shape)}"
+            raise UserError(f"{other}: {shapes}{hint}")
         if found.is_floating_point() != tensor.is_floating_point():
             raise UserError(f"{source} is damaged: {name} is {found.dtype}, not {tensor.dtype}")
         if not found.float().isfinite().all():

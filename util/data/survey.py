@@ -43,18 +43,26 @@ TAILS = (0.1, 99.9)  # percentiles that `--pixel_range auto` maps to 0 and 1
 UNUSED = 8  # a range that is wider than the values by this much is worth a word
 PIXEL_FLAGS = ("in_chans", "pages", "pixel_range", "pixel_mean", "pixel_std")
 # What a checkpoint without a value was trained with; its images had 8 bits.
+FLIPS = {"flip": None, "rotate90": False}
 UNSAID = {"in_chans": (3,), "pages": ("first",), "pixel_range": ("dtype", [0, 255])}
 
 
 def inherit_pixels(
     args: argparse.Namespace, flags: dict[str, Any], source: Any, strict: bool = False
 ) -> None:
-    """Takes what flags say of pixels, and `--resize`, from a checkpoint's, unless they are given.
+    """Takes what flags say of pixels, `--resize` and flips from a checkpoint's, unless given.
 
     Raises:
         UserError: those of pixels differ, and `strict`; otherwise, and of `--resize`, a warning
             says so.
     """
+    for name, unsaid in FLIPS.items() if flags else ():
+        theirs = flags.get(name, unsaid)
+        if getattr(args, name, "") is None:  # a script's, and not given
+            setattr(args, name, theirs)
+            if theirs:
+                value = "" if theirs is True else f" {theirs}"
+                logger.info(f"--{name}{value}, as {source} has it")
     theirs = flags.get("resize") or args.resize
     args.resize = args.resize or theirs
     if args.resize != theirs:
@@ -100,6 +108,8 @@ def settle_pixels(args: argparse.Namespace, **splits: Dataset) -> dict[str, str]
 
     found, words = from_rank_zero(settle)
     vars(args).update(found, resize=args.resize or "crop")
+    if vars(args).get("rotate90", "") is None:
+        args.rotate90 = False
     return words
 
 

@@ -93,9 +93,9 @@ class Run:
                 value = self.resumed.get(name, least)
                 if not isinstance(value, int) or value < least:
                     raise UserError(f"{self.source} is damaged: its {name} is {value!r}")
-            if resume == "auto":
-                changes.check_experiment(self.resumed, args, self.source)
         inherit_pixels(args, self.resumed.get("args", {}), self.source, resume == "auto")
+        if self.resumed and resume == "auto":
+            changes.check_experiment(self.resumed, args, self.source)
         resolve(args, self.resumed)
 
     def _others(self, resume: str) -> str:

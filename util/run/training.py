@@ -119,17 +119,18 @@ class Training:
             if complete:
                 self._end_step()
 
-    def backward(self, values: dict[str, Tensor]) -> None:
+    def backward(self, values: dict[str, Tensor], count: int = 1) -> None:
         """Adds the gradient of a batch.
 
         Args:
             values: scalars: the one to minimise as `loss`, and others to log.
+            count: of what they are sums; their means are logged.
         """
         share = self.args.accum_iter
         self.precision.scaler.scale(values["loss"] / share).backward()
         means = self._step.means
         for name, value in values.items():
-            means[name] = means.get(name, 0) + value.detach().float() / share
+            means[name] = means.get(name, 0) + value.detach().float() / (share * count)
 
     def means(self) -> dict[str, float]:
         """The epoch's mean metrics over all ranks, and the learning rate of its last step."""
