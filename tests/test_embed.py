@@ -2,17 +2,18 @@
 
 import csv
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import python, run_main, the_error
+from conftest import in_processes, python, run_main, the_error
 from safetensors import safe_open
 
 import main_pretrain
-from util import embed
+from util import distributed, embed
 from util.data.transforms import eval_transform
 from util.datasets import open_dataset
 
@@ -153,3 +154,22 @@ def test_a_named_dataset_is_embedded_whole(weights, tmp_path):
     found = np.load(tmp_path / "a.npz")
     assert found["embeddings"].shape == (1797, 192)
     assert len(set(found["labels"].tolist())) == 10
+
+
+def _on_machine(rank: int) -> None:
+    distributed._host_group = torch.distributed.group.WORLD
+    assert distributed.machines() == [socket.gethostname()]
+    socket.gethostname = lambda: f"node{rank}"
+    assert distributed.machines() == ["node0", "node1"]
+
+
+def test_processes_know_on_how_many_machines_they_are():
+    in_processes(_on_machine, 2)
+
+
+def test_several_machines_are_refused(weights, photos, tmp_path, monkeypatch, capsys):
+    """They would write whole pages of one file over each other's rows."""
+    monkeypatch.setattr(embed, "machines", lambda: ["node0", "node1"])
+    assert embedded(weights, photos, tmp_path / "out.npz") == 1
+    said = the_error(capsys.readouterr().err)
+    assert "the processes must run on one machine, not on node0, node1" in said

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from util import distributed, features
 from util.args import linprobe_parser
 from util.data.survey import settle_pixels
 from util.datasets import open_dataset
-from util.distributed import gather_rows, gloo_interface, wait_for, watch_peers
+from util.distributed import gather_rows, wait_for, watch_peers
 from util.errors import STOP_SIGNALS
 from util.features import Features, encode, knn_accuracies
 from util.precision import Precision
@@ -160,18 +159,8 @@ def test_a_wait_for_the_device_hears_signals(monkeypatch):
     assert heard == [1]
 
 
-@pytest.mark.parametrize(
-    ("nccl", "gloo"),
-    [("", ""), ("ib", "ib0"), ("=eth1", "eth1"), ("eth", ""), ("^lo", ""), ("=ib", "")],
-)
-def test_gloo_takes_nccl_s_interface(nccl, gloo, monkeypatch):
-    names = list(enumerate(("lo", "eth0", "eth1", "ib0")))
-    monkeypatch.setattr(socket, "if_nameindex", lambda: names)
-    assert gloo_interface(nccl) == gloo
-
-
 def _gathered(rank: int) -> None:
-    distributed.GATHERED = 3
+    distributed.GATHERED = 6
     for total in (2, 3, 6, 7, 13):
         rows = torch.arange(2 * total).view(total, 2)
         assert torch.equal(gather_rows(rows[rank::2], total), rows)

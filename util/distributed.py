@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from util.errors import UserError
-from util.meeting import meet, place
+from util.meeting import master, meet, place
+from util.network import settle_network
 
 T = TypeVar("T")
 
@@ -21,8 +22,9 @@ _host_group: dist.ProcessGroup | None = None
 _watched: dist.Work | None = None  # on the host; it fails if another process ends
 _patient_group: dist.ProcessGroup | None = None  # for `from_rank_zero`
 STEP_TIMEOUT = datetime.timedelta(minutes=10)  # a process that is later than this has hung
-GATHERED = 2**14  # rows of each process that are sent at once
+GATHERED = 2**14  # rows of all processes that are sent at once
 MOST_FILES = 2**16
+GLOO = "gloo (GLOO_SOCKET_IFNAME names the interface to take)"
 POLL = 1e-3  # seconds between looks at a GPU
 RANK_ZERO_TIMEOUT = datetime.timedelta(hours=12)  # it may list a million files, or download them
 
@@ -68,22 +70,29 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     Returns:
         This process's device.
     Raises:
-        UserError: no such GPU, or the processes cannot meet at dist_url.
+        UserError: no such GPU, or not everywhere; the processes cannot meet at dist_url, or reach
+            each other.
     """
     global _host_group, _patient_group, _watched
     _allow_files()
     rank, local_rank, world_size = place(args)
     device = choose_device(args.device, local_rank)
     store = meet(args, rank, world_size)
-    if name := gloo_interface(os.environ.get("NCCL_SOCKET_IFNAME", "")):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    if world_size > 1:
+        settle_network(store, rank, world_size, device.type, master(args))
     group = {"store": store, "rank": rank, "world_size": world_size, "timeout": STEP_TIMEOUT}
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device, **group)
-    else:
-        dist.init_process_group("gloo", **group)
-    _host_group = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
-    _patient_group = dist.new_group(backend="gloo", timeout=RANK_ZERO_TIMEOUT)
+    try:
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device, **group)
+        else:
+            dist.init_process_group("gloo", **group)
+        _host_group = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
+        _patient_group = dist.new_group(backend="gloo", timeout=RANK_ZERO_TIMEOUT)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" not in str(error).lower():
+            raise
+        line = str(error).splitlines()[0]
+        raise UserError(f"the processes do not reach each other over {GLOO}: {line}") from None
     _watched = None  # that of a run before
     return device
 
@@ -94,17 +103,6 @@ def _allow_files() -> None:
     most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def gloo_interface(nccl: str) -> str:
-    """The network interface that NCCL_SOCKET_IFNAME means, for gloo; '' if it is not just one.
-
-    nccl takes beginnings of names, and whole ones after `=`; after `^`, those to leave out.
-    """
-    words, here = nccl.lstrip("=").split(","), [name for _, name in socket.if_nameindex()]
-    whole = nccl.startswith("=")
-    meant = [n for n in here if (n in words if whole else n.startswith(tuple(words)))]
-    return meant[0] if nccl and len(meant) == 1 else ""
 
 
 def watch(work: dist.Work) -> None:
@@ -144,6 +142,14 @@ def wait_for_device(device: torch.device) -> None:
 def host_group() -> dist.ProcessGroup:
     """All ranks over gloo, for flags and objects that stay on the host."""
     return _host_group
+
+
+def machines() -> list[str]:
+    """The names of those that the processes run on."""
+    found = [socket.gethostname()] * get_world_size()
+    if len(found) > 1:
+        dist.all_gather_object(found, found[0], group=_host_group)
+    return sorted(set(found))
 
 
 def from_rank_zero(make: Callable[[], T]) -> T:
@@ -196,8 +202,9 @@ def gather_rows(rows: torch.Tensor, total: int) -> torch.Tensor:
     group = None if rows.is_cuda else _host_group
     gathered = rows.new_empty(total, *rows.shape[1:])
     most = -(-total // world_size)
-    for start in range(0, most, GATHERED):  # in parts: no second copy of all
-        count = min(GATHERED, most - start)
+    step = max(1, GATHERED // world_size)
+    for start in range(0, most, step):  # in parts: no second copy of all
+        count = min(step, most - start)
         part = rows.new_zeros(count, *rows.shape[1:])
         part[: len(rows) - start] = rows[start : start + count]
         parts = [torch.empty_like(part) for _ in range(world_size)]

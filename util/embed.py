@@ -36,6 +36,7 @@ from util.distributed import (
     get_world_size,
     host_group,
     init_distributed_mode,
+    machines,
 )
 from util.encoders import Encoder
 from util.errors import UserError
@@ -80,6 +81,8 @@ def main(args: argparse.Namespace) -> None:
         import_pyarrow()  # before the work
     device = init_distributed_mode(args)
     log_to_console()
+    if len(names := machines()) > 1:  # which write one file's pages over each other's
+        raise UserError(f"the processes must run on one machine, not on {', '.join(names)}")
     vars(args).update(seed=0, output_dir="")
     state = load_published(args.checkpoint)
     encoder = Encoder(state, args.checkpoint, args.input_size).to(device)

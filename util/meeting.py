@@ -73,6 +73,11 @@ def meet(args: argparse.Namespace, rank: int, world_size: int) -> dist.Store:
         raise UserError(f"--dist_url {args.dist_url}: the processes cannot meet: {line}") from None
 
 
+def master(args: argparse.Namespace) -> str | None:
+    """The name or address of rank 0's machine, if it was given."""
+    return urlsplit(args.dist_url).hostname or os.environ.get("MASTER_ADDR")
+
+
 def _store(args: argparse.Namespace, rank: int, world_size: int) -> dist.Store:
     """The launcher's store, or rank 0's at dist_url."""
     env, url = os.environ, args.dist_url

@@ -83,7 +83,11 @@ def _take(folder: Path, path: Path) -> tuple[IO[str], str]:
 
 def _is_there(path: Path, file: IO[str]) -> bool:
     """Whether an open lock file still has its path, and no other one."""
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    try:
+        found = path.stat()
+    except FileNotFoundError:  # and no other error, such as of a network that fails for a moment
+        return False
+    return os.path.samestat(os.fstat(file.fileno()), found)
 
 
 def check_locks() -> None:

@@ -1,0 +1,107 @@
+"""Which network the processes of several machines use, and whether their machines are alike."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import struct
+import sys
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from util.errors import UserError
+
+SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
+LOOPBACK = "127."
+
+
+class Place(NamedTuple):
+    """Where a process runs: "cuda" or "cpu", its machine's name, and its address there."""
+
+    device: str
+    host: str
+    address: str
+
+
+def settle_network(
+    store: dist.Store, rank: int, world_size: int, device: str, master: str | None
+) -> None:
+    """Sets GLOO_SOCKET_IFNAME where gloo would listen at an address that others do not reach.
+
+    It listens where the machine's own name leads, which is 127.0.1.1 on Debian and Ubuntu.
+
+    Args:
+        device: "cuda" or "cpu".
+        master: name or address of rank 0's machine; None if unknown.
+    Raises:
+        UserError: on every rank, if some have a GPU and others have none.
+    """
+    own = Place(device, socket.gethostname(), address_towards(master) if master else "")
+    places = _exchange(store, rank, world_size, own)
+    without = [(number, p.host) for number, p in enumerate(places) if p.device == "cpu"]
+    if 0 < len(without) < world_size:
+        number, host = without[0]
+        raise UserError(
+            f"{len(without)} of {world_size} processes have no usable GPU, first process {number} "
+            f"on {host}; --device cpu trains without any"
+        )
+    others = [p.address for p in places if p.host != own.host]
+    if name := gloo_interface(os.environ.get("NCCL_SOCKET_IFNAME", "")):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    elif others and "GLOO_SOCKET_IFNAME" not in os.environ and _leads_to_loopback(own.host):
+        addresses = [*(a for a in others if a), *([master] if master else [])]
+        found = (interface_of(address_towards(address)) for address in addresses)
+        if name := next(filter(None, found), ""):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            if rank == 0:
+                line = f"GLOO_SOCKET_IFNAME={name}, since {own.host} leads to a loopback"
+                print(line, file=sys.stderr, flush=True)
+
+
+def _exchange(store: dist.Store, rank: int, world_size: int, own: Place) -> list[Place]:
+    """Every rank's, by rank."""
+    store.set(f"place/{rank}", json.dumps(own))
+    if rank == 0:
+        found = [json.loads(store.get(f"place/{number}")) for number in range(world_size)]
+        store.set("places", json.dumps(found))
+    return [Place(*place) for place in json.loads(store.get("places"))]
+
+
+def _leads_to_loopback(host: str) -> bool:
+    with contextlib.suppress(OSError):
+        return socket.gethostbyname(host).startswith(LOOPBACK)
+    return True  # as gloo takes it
+
+
+def address_towards(host: str) -> str:
+    """This machine's IPv4 address on the way to another; '' for a loopback, or if there is none."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        route.connect((host, 9))  # sends nothing
+        address = route.getsockname()[0]
+        return "" if address.startswith(LOOPBACK) else address
+    return ""
+
+
+def interface_of(address: str) -> str:
+    """The network interface with an IPv4 address; '' if there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as some:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no address
+                request = struct.pack("256s", name.encode())
+                found = fcntl.ioctl(some.fileno(), SIOCGIFADDR, request)[20:24]
+                if socket.inet_ntoa(found) == address:
+                    return name
+    return ""
+
+
+def gloo_interface(nccl: str) -> str:
+    """The network interface that NCCL_SOCKET_IFNAME means, for gloo; '' if it is not just one.
+
+    nccl takes beginnings of names, and whole ones after `=`; after `^`, those to leave out.
+    """
+    words, here = nccl.lstrip("=").split(","), [name for _, name in socket.if_nameindex()]
+    whole = nccl.startswith("=")
+    meant = [n for n in here if (n in words if whole else n.startswith(tuple(words)))]
+    return meant[0] if nccl and len(meant) == 1 else ""
