@@ -156,15 +156,19 @@ def test_a_named_dataset_is_embedded_whole(weights, tmp_path):
     assert len(set(found["labels"].tolist())) == 10
 
 
-def _on_machine(rank: int) -> None:
+def _on_machine(rank: int, folder: Path) -> None:
     distributed._host_group = torch.distributed.group.WORLD
     assert distributed.machines() == [socket.gethostname()]
+    kernel = folder / str(rank)
+    kernel.write_text(f"{rank}")
+    distributed.BOOT_ID = kernel
+    assert distributed.machines() == [socket.gethostname()] * 2  # of one name
     socket.gethostname = lambda: f"node{rank}"
     assert distributed.machines() == ["node0", "node1"]
 
 
-def test_processes_know_on_how_many_machines_they_are():
-    in_processes(_on_machine, 2)
+def test_processes_know_on_how_many_machines_they_are(tmp_path):
+    in_processes(_on_machine, 2, tmp_path)
 
 
 def test_several_machines_are_refused(weights, photos, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """One writer per folder: the lock, and what it means where file systems have none."""
 
+import errno
 import fcntl
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import TINY, run_main, state_of, the_error
@@ -90,6 +92,24 @@ def test_a_folder_that_is_removed_during_a_run_is_noticed(tmp_path, monkeypatch)
         lock.check_locks()
     lock.release_locks()
     assert (folder / lock.LOCK).exists()
+
+
+def test_a_file_system_that_fails_for_a_moment_ends_no_run(tmp_path, monkeypatch):
+    lock.lock_folder(tmp_path)
+    path = tmp_path / lock.LOCK
+    file, _ = lock._held[path]
+    assert lock._is_there(path, file)
+
+    def fails(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "stat", fails)
+    with pytest.raises(OSError, match="Stale"):  # which `_beat` passes over
+        lock._is_there(path, file)
+    monkeypatch.undo()
+    path.unlink()
+    assert not lock._is_there(path, file)
+    lock.release_locks()
 
 
 def test_a_lock_that_was_left_behind_is_none(of_another, tmp_path):

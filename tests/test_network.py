@@ -7,13 +7,17 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, free_port
 
-from util import network
+from util import distributed, network
+from util.args import pretrain_parser
 from util.errors import UserError
 from util.network import address_towards, gloo_interface, interface_of, settle_network
 
@@ -70,6 +74,7 @@ def test_one_machine_needs_no_network(places):
 def test_a_machine_without_its_gpu_ends_all_ranks(places):
     """Else its process would take gloo, the others nccl, and both wait for each other."""
     said = "1 of 2 processes have no usable GPU, first process 0 on "
+    places.add("read", 1)
     with pytest.raises(UserError, match=said):
         settle_network(places, 0, 2, "cpu", None)
     with pytest.raises(UserError, match=said):  # rank 1, told what rank 0 has gathered
@@ -82,24 +87,103 @@ def test_addresses_and_interfaces_are_the_systems():
     assert interface_of("192.0.2.1") == ""
 
 
+@pytest.mark.parametrize(
+    ("addresses", "loopback"),
+    [
+        (["127.0.1.1"], True),
+        ([], True),
+        (["192.0.2.1"], True),  # not this machine's: gloo falls back to the loopback
+        (["OWN", "127.0.0.1"], False),
+        (["192.0.2.1", "127.0.0.1"], True),
+    ],
+)
+def test_where_gloo_listens(addresses, loopback, monkeypatch):
+    """Any own address but a loopback will do; 0.0.0.0 can be had on every machine."""
+    found = [a.replace("OWN", "0.0.0.0") for a in addresses]
+    infos = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 0)) for a in found]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: infos)
+    assert network._leads_to_loopback("name") == loopback
+
+
+def test_a_name_that_leads_nowhere_is_no_accident():
+    assert network._leads_to_loopback("no.such.host.invalid")
+    assert network._leads_to_loopback("x" * 64)  # longer than a name may be
+    assert address_towards("x" * 64) == ""
+
+
+class Late:
+    """A store whose "places" are read late."""
+
+    def __init__(self, store: dist.Store):
+        self.set, self.add, self._get = store.set, store.add, store.get
+
+    def get(self, key: str) -> bytes:
+        time.sleep(1.5 * (key == "places"))
+        return self._get(key)
+
+
+def _late(rank: int, port: int, out: Path) -> None:
+    """Rank 0's store ends with it; rank 2 comes to read when the others have."""
+    store = dist.TCPStore("localhost", port, None, rank == 0, wait_for_workers=False)
+    store = Late(store) if rank == 2 else store
+    try:
+        settle_network(store, rank, 3, "cpu" if rank == 1 else "cuda", None)
+    except UserError as error:
+        (out / str(rank)).write_text(str(error))
+
+
+def test_all_ranks_hear_of_a_machine_without_its_gpu(tmp_path):
+    context = torch.multiprocessing.get_context("forkserver")
+    port = free_port()
+    ranks = [
+        context.Process(target=_late, args=(rank, port, tmp_path), daemon=True) for rank in range(3)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    said = {path.read_text() for path in tmp_path.iterdir()}
+    assert len(list(tmp_path.iterdir())) == 3
+    assert len(said) == 1
+
+
+def test_a_network_that_gloo_cannot_use_is_one_line(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("Gloo connectFullMesh failed with [pair.cc:152] timed out\nframe 1")
+
+    monkeypatch.setattr(dist, "init_process_group", fails)
+    args = pretrain_parser().parse_args(["--data_path", "x", "--device", "cpu"])
+    with pytest.raises(UserError, match=r"over gloo \(GLOO_SOCKET_IFNAME .*timed out$"):
+        distributed.init_distributed_mode(args)
+
+
 @contextlib.contextmanager
-def machines() -> Iterator[None]:
-    """Two network namespaces, can0 and can1, linked; each name leads to its own loopback there."""
+def machines() -> Iterator[list[str]]:
+    """Two network namespaces, linked; each one's name leads to its own loopback there.
+
+    Yields:
+        Their names.
+    """
+    names = [f"can{os.getpid()}-{i}" for i in range(2)]
+    if any(subprocess.run(["ip", "netns", "add", name]).returncode for name in names):
+        pytest.skip("this root may not add network namespaces")
     script = """
-        for i in 0 1; do ip netns add can$i; done
-        ip link add v0 netns can0 type veth peer name v1 netns can1
+        ip link add v0 netns $0 type veth peer name v1 netns $1
         for i in 0 1; do
-            ip -n can$i addr add 10.9.0.$((i + 1))/24 dev v$i
-            ip -n can$i link set lo up; ip -n can$i link set v$i up
-            mkdir -p /etc/netns/can$i
-            printf "127.0.0.1 localhost\n127.0.1.1 can$i\n10.9.0.$((2 - i)) can$((1 - i))\n" \
-                > /etc/netns/can$i/hosts
+            own=${!i}
+            ip -n $own addr add 10.9.0.$((i + 1))/24 dev v$i
+            ip -n $own link set lo up; ip -n $own link set v$i up
         done"""
     try:
-        subprocess.run(["bash", "-ec", script], check=True)
-        yield
+        for i, name in enumerate(names):
+            folder = Path("/etc/netns", name)
+            folder.mkdir(parents=True)
+            lines = "127.0.0.1 localhost", f"127.0.1.1 {name}", f"10.9.0.{2 - i} {names[1 - i]}"
+            (folder / "hosts").write_text("\n".join([*lines, ""]))
+        subprocess.run(["bash", "-ec", script, *names], check=True)
+        yield names
     finally:
-        for name in ("can0", "can1"):
+        for name in names:
             subprocess.run(["ip", "netns", "del", name])
             shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
 
@@ -107,22 +191,24 @@ def machines() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and ip")
 def test_two_machines_whose_names_lead_to_themselves_train_together():
-    """As Debian and Ubuntu write /etc/hosts; gloo alone would wait ten minutes and fail."""
+    """As Debian and Ubuntu write /etc/hosts; gloo alone would fail after a long wait."""
     train = [
         sys.executable, "main_pretrain.py", "--data_path", "digits", "--input_size", "16",
         "--model", "mae_vit_nano_patch4", "--batch_size", "64", "--epochs", "1",
         "--warmup_epochs", "0", "--num_workers", "0", "--output_dir", "",
     ]  # fmt: skip
-    env = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "can0"}
-    with machines():
-        named = ["unshare", "--uts", "bash", "-c", 'hostname "$0" && exec "$@"']
+    given = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
+    env = {name: value for name, value in os.environ.items() if name not in given}
+    env |= {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
+    named = ["unshare", "--uts", "bash", "-c", 'hostname "$0" && exec "$@"']
+    with machines() as names:
         ranks = [
             subprocess.Popen(
-                ["ip", "netns", "exec", f"can{rank}", *named, f"can{rank}", *train],
-                cwd=ROOT, env=env | {"RANK": str(rank), "MASTER_PORT": "29500"},
+                ["ip", "netns", "exec", name, *named, name, *train], cwd=ROOT,
+                env=env | {"MASTER_ADDR": names[0], "RANK": str(rank)},
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
-            for rank in (0, 1)
+            for rank, name in enumerate(names)
         ]  # fmt: skip
         try:
             said = [rank.communicate(timeout=180)[0] for rank in ranks]
@@ -130,5 +216,5 @@ def test_two_machines_whose_names_lead_to_themselves_train_together():
             for rank in ranks:
                 rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], said
-    assert "GLOO_SOCKET_IFNAME=v0, since can0 leads to a loopback" in said[0]
+    assert f"GLOO_SOCKET_IFNAME=v0, since {names[0]} leads to a loopback" in said[0]
     assert "64 x 1 accumulated x 2 processes" in said[0]

@@ -13,7 +13,7 @@ from PIL import Image
 from test_pixels import INTERLEAVED, write
 from torch.utils.data import Dataset
 
-from util.args import pretrain_parser
+from util.args import finetune_parser, linprobe_parser, pretrain_parser
 from util.data.images import open_image
 from util.data.survey import PIXEL_FLAGS, _some, _words, inherit_pixels, settle_pixels
 from util.datasets import open_dataset
@@ -177,3 +177,35 @@ def test_another_resize_is_said(ours, theirs, taken, caplog):
     assert args.resize == taken
     said = "warning: --resize is pad, but crop in x.pth" in caplog.text
     assert said == (theirs == "crop")
+
+
+TURNED = {"augment": "ssl", "flip": "both", "rotate90": True}
+
+
+@pytest.mark.parametrize(
+    ("parser", "words", "theirs", "flip", "rotate90"),
+    [
+        (finetune_parser, "", {}, None, None),  # from scratch
+        (finetune_parser, "", {"seed": 0}, None, False),  # older than the flags
+        (finetune_parser, "", TURNED, "both", True),
+        (finetune_parser, "--flip horizontal --no_rotate90", TURNED, "horizontal", False),
+        (finetune_parser, "", {"augment": "none", "flip": None}, "none", False),
+        (pretrain_parser, "", {"augment": "none", "flip": None}, "none", False),
+        (pretrain_parser, "--augment none", TURNED, None, False),
+        (pretrain_parser, "--augment none --rotate90", TURNED, None, True),
+    ],
+)
+def test_flips_are_the_checkpoint_s_unless_given(parser, words, theirs, flip, rotate90):
+    args = parser().parse_args(["--data_path", "x", *words.split()])
+    inherit_pixels(args, theirs, "a.pth")
+    assert (args.flip, args.rotate90) == (flip, rotate90)
+
+
+def test_flips_are_said_where_images_are_flipped(caplog):
+    caplog.set_level("INFO")
+    for words in ("--knn", "--cache_features", "--eval --resume a.pth"):
+        args = linprobe_parser().parse_args(["--data_path", "x", *words.split()])
+        inherit_pixels(args, TURNED, "a.pth")
+        assert not caplog.records
+    inherit_pixels(linprobe_parser().parse_args(["--data_path", "x"]), TURNED, "a.pth")
+    assert caplog.messages == ["--flip both, as a.pth has it", "--rotate90, as a.pth has it"]

@@ -1,4 +1,4 @@
-"""Every flag of the three scripts, defined once; imports no torch, so that it parses quickly."""
+"""The flags of the three scripts, defined once; imports no torch, so that it parses quickly."""
 
 import argparse
 import math

@@ -7,6 +7,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ _watched: dist.Work | None = None  # on the host; it fails if another process en
 _patient_group: dist.ProcessGroup | None = None  # for `from_rank_zero`
 STEP_TIMEOUT = datetime.timedelta(minutes=10)  # a process that is later than this has hung
 GATHERED = 2**14  # rows of all processes that are sent at once
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MOST_FILES = 2**16
 GLOO = "gloo (GLOO_SOCKET_IFNAME names the interface to take)"
 POLL = 1e-3  # seconds between looks at a GPU
@@ -145,11 +147,11 @@ def host_group() -> dist.ProcessGroup:
 
 
 def machines() -> list[str]:
-    """The names of those that the processes run on."""
-    found = [socket.gethostname()] * get_world_size()
+    """The names of those that the processes run on; two may have one name, but not one kernel."""
+    found = [(BOOT_ID.read_text(), socket.gethostname())] * get_world_size()
     if len(found) > 1:
         dist.all_gather_object(found, found[0], group=_host_group)
-    return sorted(set(found))
+    return sorted(dict(found).values())
 
 
 def from_rank_zero(make: Callable[[], T]) -> T:

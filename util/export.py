@@ -29,7 +29,8 @@ from util.sizes import SIZES, image_size, size_of
 from util.weights import check_same, encoder_part
 
 ONNX_LIMIT = 2**31 - 2**20  # bytes of weights
-KEPT_FLAGS = ("input_size", "resize", *PIXEL_FLAGS)  # what a .safetensors file tells of images
+# What a .safetensors file tells of images.
+KEPT_FLAGS = ("input_size", "resize", "augment", "flip", "rotate90", *PIXEL_FLAGS)
 NORM_EPS, PROBE_EPS = 1e-6, 1e-6  # of the encoder's norms, and of the probe's BatchNorm
 
 

@@ -64,7 +64,8 @@ def _idle_supervised(args: argparse.Namespace) -> Idle:
     why = {}
     if args.eval or args.predict:
         mode = "--eval" if args.eval else "--predict"
-        why |= dict.fromkeys(("compile", "class_weights"), f"{mode} trains nothing")
+        names = ("compile", "class_weights", "flip", "rotate90")
+        why |= dict.fromkeys(names, f"{mode} trains nothing")
         why["finetune"] = f"{mode} takes all weights from --resume"
     if args.predict:
         names = ("data_path", "labels", "nb_classes", "val_fraction")

@@ -75,13 +75,19 @@ def meet(args: argparse.Namespace, rank: int, world_size: int) -> dist.Store:
 
 def master(args: argparse.Namespace) -> str | None:
     """The name or address of rank 0's machine, if it was given."""
-    return urlsplit(args.dist_url).hostname or os.environ.get("MASTER_ADDR")
+    given = None if _has_agent(args) else urlsplit(args.dist_url).hostname
+    return given or os.environ.get("MASTER_ADDR")
+
+
+def _has_agent(args: argparse.Namespace) -> bool:
+    """Whether the launcher has a store, as torchrun's agent."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not args.dist_on_itp
 
 
 def _store(args: argparse.Namespace, rank: int, world_size: int) -> dist.Store:
     """The launcher's store, or rank 0's at dist_url."""
     env, url = os.environ, args.dist_url
-    agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not args.dist_on_itp
+    agent = _has_agent(args)
     if agent or url.startswith("file://"):
         # Under torchrun, whatever dist_url is: before torch 2.14, tcp:// would look for a store at
         # its port, where there is none.

@@ -2,11 +2,13 @@
 
 import contextlib
 import fcntl
+import ipaddress
 import json
 import os
 import socket
 import struct
 import sys
+import time
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from util.errors import UserError
 
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 LOOPBACK = "127."
+LEAVE, POLL, RANK_ZERO_FIRST = 10.0, 0.05, 1.0  # seconds
 
 
 class Place(NamedTuple):
@@ -43,11 +46,12 @@ def settle_network(
     without = [(number, p.host) for number, p in enumerate(places) if p.device == "cpu"]
     if 0 < len(without) < world_size:
         number, host = without[0]
+        _take_leave(store, rank, world_size)
         raise UserError(
             f"{len(without)} of {world_size} processes have no usable GPU, first process {number} "
             f"on {host}; --device cpu trains without any"
         )
-    others = [p.address for p in places if p.host != own.host]
+    others = [p.address for p in places if p[1:] != own[1:]]  # names may be alike
     if name := gloo_interface(os.environ.get("NCCL_SOCKET_IFNAME", "")):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     elif others and "GLOO_SOCKET_IFNAME" not in os.environ and _leads_to_loopback(own.host):
@@ -66,18 +70,34 @@ def _exchange(store: dist.Store, rank: int, world_size: int, own: Place) -> list
     if rank == 0:
         found = [json.loads(store.get(f"place/{number}")) for number in range(world_size)]
         store.set("places", json.dumps(found))
-    return [Place(*place) for place in json.loads(store.get("places"))]
+    places = [Place(*place) for place in json.loads(store.get("places"))]
+    store.add("read", 1)
+    return places
+
+
+def _take_leave(store: dist.Store, rank: int, world_size: int) -> None:
+    """Before all end: rank 0, whose the store may be, waits for the others to read, they for it."""
+    end = time.monotonic() + LEAVE
+    while rank == 0 and store.add("read", 0) < world_size and time.monotonic() < end:
+        time.sleep(POLL)
+    if rank > 0:  # the launcher ends this process when rank 0 has said why
+        time.sleep(RANK_ZERO_FIRST)
 
 
 def _leads_to_loopback(host: str) -> bool:
-    with contextlib.suppress(OSError):
-        return socket.gethostbyname(host).startswith(LOOPBACK)
-    return True  # as gloo takes it
+    """Whether gloo, which listens at the first of a name's addresses that is this machine's."""
+    with contextlib.suppress(OSError, UnicodeError):
+        for family, kind, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as listener:
+                listener.bind(address)
+                return ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
+    return True  # it takes that if there is none
 
 
 def address_towards(host: str) -> str:
     """This machine's IPv4 address on the way to another; '' for a loopback, or if there is none."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+    some = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with contextlib.suppress(OSError, UnicodeError), some as route:
         route.connect((host, 9))  # sends nothing
         address = route.getsockname()[0]
         return "" if address.startswith(LOOPBACK) else address

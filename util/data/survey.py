@@ -32,6 +32,7 @@ from util.data.pixels import (
 from util.data.source import Source
 from util.distributed import from_rank_zero
 from util.errors import UserError
+from util.idle import idle_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ TAILS = (0.1, 99.9)  # percentiles that `--pixel_range auto` maps to 0 and 1
 UNUSED = 8  # a range that is wider than the values by this much is worth a word
 PIXEL_FLAGS = ("in_chans", "pages", "pixel_range", "pixel_mean", "pixel_std")
 # What a checkpoint without a value was trained with; its images had 8 bits.
-FLIPS = {"flip": None, "rotate90": False}
 UNSAID = {"in_chans": (3,), "pages": ("first",), "pixel_range": ("dtype", [0, 255])}
 
 
@@ -56,13 +56,7 @@ def inherit_pixels(
         UserError: those of pixels differ, and `strict`; otherwise, and of `--resize`, a warning
             says so.
     """
-    for name, unsaid in FLIPS.items() if flags else ():
-        theirs = flags.get(name, unsaid)
-        if getattr(args, name, "") is None:  # a script's, and not given
-            setattr(args, name, theirs)
-            if theirs:
-                value = "" if theirs is True else f" {theirs}"
-                logger.info(f"--{name}{value}, as {source} has it")
+    _inherit_flips(args, flags, source)
     theirs = flags.get("resize") or args.resize
     args.resize = args.resize or theirs
     if args.resize != theirs:
@@ -84,11 +78,30 @@ def inherit_pixels(
             logger.warning(f"warning: {differs}")
 
 
+def _inherit_flips(args: argparse.Namespace, flags: dict[str, Any], source: Any) -> None:
+    """Takes `--flip` and `--rotate90` from a checkpoint's flags, unless given; says so if used."""
+    own = vars(args)
+    if "flip" not in own or not (flags or own.get("augment") == "none"):
+        return
+    theirs = {"flip": flags.get("flip"), "rotate90": flags.get("rotate90", False)}
+    if flags.get("augment") == "none":
+        theirs["flip"] = theirs["flip"] or "none"
+    if own.get("augment") == "none":  # which asks for none, whatever was before
+        theirs = {"flip": None, "rotate90": False}
+    unused = idle_of(own)(own)
+    for name, value in theirs.items():
+        if own[name] is None:
+            setattr(args, name, value)
+            if value and name not in unused:
+                words = "" if value is True else f" {value}"
+                logger.info(f"--{name}{words}, as {source} has it")
+
+
 def settle_pixels(args: argparse.Namespace, **splits: Dataset) -> dict[str, str]:
     """Sets what flags leave open of channels, range, mean and deviation; by the first split.
 
     Args:
-        args: resize, and the flags of `PIXEL_FLAGS`, which are overwritten; so they are saved.
+        args: resize, rotate90 and the flags of `PIXEL_FLAGS`, which are overwritten, and so saved.
         **splits: data sets by name.
     Returns:
         What was opened, in words, by split; it has been logged.

@@ -85,7 +85,7 @@ def _is_there(path: Path, file: IO[str]) -> bool:
     """Whether an open lock file still has its path, and no other one."""
     try:
         found = path.stat()
-    except FileNotFoundError:  # and no other error, such as of a network that fails for a moment
+    except (FileNotFoundError, NotADirectoryError):  # not if the network fails for a moment
         return False
     return os.path.samestat(os.fstat(file.fileno()), found)
 
