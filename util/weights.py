@@ -67,8 +67,9 @@ def check_same(own: dict[str, Tensor], weights: dict[str, Tensor], source: str |
             raise UserError(f"{other}: it has no {name}")
         found = weights[name]
         if found.shape != tensor.shape:
-            patches = name == "patch_embed.proj.weight" and found.shape[:2] == tensor.shape[:2]
-            hint = f"; --patch_size {found.shape[-1]} takes them" * patches
+            patches = name == "patch_embed.proj.weight" and found.ndim == 4
+            fits = patches and found.shape[:2] == tensor.shape[:2]
+            hint = f"; --patch_size {found.shape[-1]} takes them" if fits else ""
             shapes = f"{name} is {list(found.shape)}, not {list(tensor.shape)}"
             raise UserError(f"{other}: {shapes}{hint}")
         if found.is_floating_point() != tensor.is_floating_point():
