@@ -182,19 +182,17 @@ def test_the_documents_numbers_are_the_logs():
         cells = " | ".join(map(tables.written, cells))
         hours = f"{tables.processor_hours(records[0], measured):.2f}" if name in measured else ""
         assert f" | {hours} | {cells} |" in readme, name
-    logs = tables.read(study.LOGS / "methods", sweeps.METHODS)
-    logs |= tables.read(study.LOGS / "ablations", sweeps.ABLATIONS)
-    for name in ("can", "simclr", "norm-pix"):
-        values = tables.accuracies(logs[name])["probe pooled-100"]
-        assert ", ".join(f"{value:.1f}" for value in values) in readme
+    for name, records in tables.read(study.LOGS / "small", sweeps.SMALL).items():
+        values = tables.accuracies(records)["probe chosen-100"]
+        minutes = f"{60 * tables.processor_hours(records[0], measured):.1f}"
+        by_seed = ", ".join(f"{value:.1f}" for value in values)
+        assert f" | {minutes} | {by_seed} | {tables.written(values)} |" in readme, name
     recipe = readme.split("<!-- small -->")[1].split("```")[1].replace("\\\n", " ").split()
+    assert sweeps.BEST_CAN in " ".join(recipe)
     for flags in (study.PRETRAIN, f"--blr auto {study.PROBE_LENGTH['100']}"):
         words = flags.split()
         for pair in zip(words[::2], words[1::2], strict=True):
             assert pair in list(itertools.pairwise(recipe))
-    found = json.loads((study.LOGS / "small.json").read_text())  # of that command, by seed
-    values = [f"{found[seed]['test_acc1']:.1f}" for seed in "012"]
-    assert f"| the recipe | {', '.join(values)} |" in readme
 
 
 @pytest.mark.slow
