@@ -159,6 +159,8 @@ def test_a_named_dataset_is_embedded_whole(weights, tmp_path):
 def _on_machine(rank: int, folder: Path) -> None:
     distributed._host_group = torch.distributed.group.WORLD
     assert distributed.machines() == [socket.gethostname()]
+    distributed.BOOT_ID = folder / "none"
+    assert distributed.machines() == [socket.gethostname()]
     kernel = folder / str(rank)
     kernel.write_text(f"{rank}")
     distributed.BOOT_ID = kernel

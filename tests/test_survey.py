@@ -193,6 +193,8 @@ TURNED = {"augment": "ssl", "flip": "both", "rotate90": True}
         (pretrain_parser, "", {"augment": "none", "flip": None}, "none", False),
         (pretrain_parser, "--augment none", TURNED, None, False),
         (pretrain_parser, "--augment none --rotate90", TURNED, None, True),
+        (pretrain_parser, "--augment none", TURNED | {"augment": "none"}, "both", True),
+        (pretrain_parser, "--augment none", {"augment": "none", "flip": None}, None, False),
     ],
 )
 def test_flips_are_the_checkpoint_s_unless_given(parser, words, theirs, flip, rotate90):

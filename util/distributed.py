@@ -1,6 +1,7 @@
 """The process group, and what goes over it. One process is a group of size 1."""
 
 import argparse
+import contextlib
 import datetime
 import os
 import resource
@@ -91,7 +92,8 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
         _host_group = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
         _patient_group = dist.new_group(backend="gloo", timeout=RANK_ZERO_TIMEOUT)
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" not in str(error).lower():
+        ended = dist.is_initialized() and "by peer" in str(error)  # another process
+        if ended or isinstance(error, dist.DistError) or "gloo" not in str(error).lower():
             raise
         line = str(error).splitlines()[0]
         raise UserError(f"the processes do not reach each other over {GLOO}: {line}") from None
@@ -148,7 +150,10 @@ def host_group() -> dist.ProcessGroup:
 
 def machines() -> list[str]:
     """The names of those that the processes run on; two may have one name, but not one kernel."""
-    found = [(BOOT_ID.read_text(), socket.gethostname())] * get_world_size()
+    kernel = name = socket.gethostname()
+    with contextlib.suppress(OSError):  # not in every container
+        kernel = BOOT_ID.read_text()
+    found = [(kernel, name)] * get_world_size()
     if len(found) > 1:
         dist.all_gather_object(found, found[0], group=_host_group)
     return sorted(dict(found).values())

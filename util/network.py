@@ -59,9 +59,10 @@ def settle_network(
         found = (interface_of(address_towards(address)) for address in addresses)
         if name := next(filter(None, found), ""):
             os.environ["GLOO_SOCKET_IFNAME"] = name
-            if rank == 0:
-                line = f"GLOO_SOCKET_IFNAME={name}, since {own.host} leads to a loopback"
-                print(line, file=sys.stderr, flush=True)
+        if rank == 0 or not name:
+            value = f"={name}" if name else " must name the interface to the other machines"
+            line = f"GLOO_SOCKET_IFNAME{value}"
+            print(f"{line}, since {own.host} leads to a loopback", file=sys.stderr, flush=True)
 
 
 def _exchange(store: dist.Store, rank: int, world_size: int, own: Place) -> list[Place]:
@@ -78,10 +79,15 @@ def _exchange(store: dist.Store, rank: int, world_size: int, own: Place) -> list
 def _take_leave(store: dist.Store, rank: int, world_size: int) -> None:
     """Before all end: rank 0, whose the store may be, waits for the others to read, they for it."""
     end = time.monotonic() + LEAVE
-    while rank == 0 and store.add("read", 0) < world_size and time.monotonic() < end:
-        time.sleep(POLL)
-    if rank > 0:  # the launcher ends this process when rank 0 has said why
-        time.sleep(RANK_ZERO_FIRST)
+    if rank == 0:
+        while store.add("read", 0) < world_size and time.monotonic() < end:
+            time.sleep(POLL)
+        store.set("left", "")
+        return
+    with contextlib.suppress(RuntimeError):  # the store has ended with rank 0
+        while not store.check(["left"]) and time.monotonic() < end:
+            time.sleep(POLL)
+    time.sleep(RANK_ZERO_FIRST)  # the launcher ends this process when rank 0 has said why
 
 
 def _leads_to_loopback(host: str) -> bool:

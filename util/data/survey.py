@@ -84,9 +84,10 @@ def _inherit_flips(args: argparse.Namespace, flags: dict[str, Any], source: Any)
     if "flip" not in own or not (flags or own.get("augment") == "none"):
         return
     theirs = {"flip": flags.get("flip"), "rotate90": flags.get("rotate90", False)}
-    if flags.get("augment") == "none":
+    was_none, is_none = (some.get("augment") == "none" for some in (flags, own))
+    if was_none and not is_none:
         theirs["flip"] = theirs["flip"] or "none"
-    if own.get("augment") == "none":  # which asks for none, whatever was before
+    if is_none and not was_none:  # it asks for none, whatever was before
         theirs = {"flip": None, "rotate90": False}
     unused = idle_of(own)(own)
     for name, value in theirs.items():
