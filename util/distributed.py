@@ -148,15 +148,20 @@ def host_group() -> dist.ProcessGroup:
     return _host_group
 
 
-def machines() -> list[str]:
-    """The names of those that the processes run on; two may have one name, but not one kernel."""
+def hosts() -> list[tuple[str, str]]:
+    """By rank, the kernel and the name of the machine that it runs on; called by all ranks."""
     kernel = name = socket.gethostname()
     with contextlib.suppress(OSError):  # not in every container
         kernel = BOOT_ID.read_text()
     found = [(kernel, name)] * get_world_size()
     if len(found) > 1:
         dist.all_gather_object(found, found[0], group=_host_group)
-    return sorted(dict(found).values())
+    return found
+
+
+def machines() -> list[str]:
+    """The names of those that the processes run on; two may have one name, but not one kernel."""
+    return sorted(dict(hosts()).values())
 
 
 def from_rank_zero(make: Callable[[], T]) -> T:

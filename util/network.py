@@ -17,7 +17,8 @@ from util.errors import UserError
 
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 LOOPBACK = "127."
-LEAVE, POLL, RANK_ZERO_FIRST = 10.0, 0.05, 1.0  # seconds
+LEAVE, POLL = 10.0, 0.05  # seconds
+RANK_ZERO_FIRST = 1.0  # seconds: most errors are met by all ranks, and one line is enough
 
 
 class Place(NamedTuple):
@@ -61,8 +62,8 @@ def settle_network(
             os.environ["GLOO_SOCKET_IFNAME"] = name
         if rank == 0 or not name:
             value = f"={name}" if name else " must name the interface to the other machines"
-            line = f"GLOO_SOCKET_IFNAME{value}"
-            print(f"{line}, since {own.host} leads to a loopback", file=sys.stderr, flush=True)
+            why = f"since {own.host} leads to a loopback"
+            print(f"GLOO_SOCKET_IFNAME{value}, {why}", file=sys.stderr, flush=True)
 
 
 def _exchange(store: dist.Store, rank: int, world_size: int, own: Place) -> list[Place]:

@@ -11,7 +11,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from util.data.order import EpochSampler, EvalSampler
 from util.data.source import labels_of
-from util.distributed import from_rank_zero, get_world_size, host_group
+from util.distributed import from_rank_zero, get_rank, get_world_size, host_group, hosts
 from util.errors import STOP_SIGNALS, UserError
 from util.parents import end_with_parent
 
@@ -98,14 +97,13 @@ class DeviceLoader(DataLoader):
         Every rank calls it before any has started such processes.
         """
         free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else math.inf
-        hosts, here = [None] * get_world_size(), socket.gethostname()
-        if get_world_size() > 1:
-            dist.all_gather_object(hosts, here, group=host_group())
+        names = [name for _, name in hosts()]
         key = next(iter(self.sampler), None)
         if key is None:  # nothing is left of the epoch
             return
         waiting = self.batch_size * self.prefetch_factor * self.num_workers
-        need = _size(self.collate_fn([self.dataset[key]])) * waiting * max(1, hosts.count(here))
+        here = names.count(names[get_rank()])
+        need = _size(self.collate_fn([self.dataset[key]])) * waiting * here
         if need > free:
             raise UserError(
                 f"--num_workers {self.num_workers}: loader processes put up to {need / 1e6:.0f} MB "

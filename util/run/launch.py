@@ -21,6 +21,7 @@ import torch.distributed as dist
 from util.data.loader import end_loaders, explain
 from util.distributed import get_rank, get_world_size
 from util.errors import STOP_SIGNALS, Stopped, UserError
+from util.network import RANK_ZERO_FIRST
 from util.parents import end_with_launcher, is_script
 from util.run.background import finish_background
 from util.run.interrupt import restore_handlers
@@ -39,7 +40,6 @@ _launched = False  # by `launch`, after which the process ends
 # keeps Python's lock, which they need for that, and waits for them.
 SETTLE = 0.05
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-RANK_ZERO_FIRST = 1.0  # seconds: most errors are met by all ranks, and one line is enough
 
 
 def session(main: Callable[[Namespace], None]) -> Callable[[Namespace], None]:
