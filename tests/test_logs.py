@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import signal
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import assert_same_state, at_step, log_of, losses_of, run_main, state_of, the_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 import main_pretrain
 from util.run import checkpoint, logs
@@ -40,6 +42,21 @@ def test_tensorboard_shows_every_term_and_a_picture(photos_run, tmp_path):
     assert [event.step for event in events.Scalars("loss/loss")] == [3, 6]
     zero = events.Scalars("loss/noise_zero")[0].value
     assert zero == pytest.approx(0.05**2 / 3, rel=0.25)  # E sigma^2, from 96 noise levels
+
+
+def test_a_run_continued_within_the_same_second_drops_the_points_it_writes_anew(
+    tmp_path, monkeypatch
+):
+    counter = event_file_writer.AtomicCounter(9)  # names of files end in it: .10 is before .9
+    monkeypatch.setattr(event_file_writer, "_global_uid", counter)
+    for loss in 1.0, 2.0:
+        run = Namespace(data=None, offset=0, epoch=0, step=0)
+        log = logs.RunLog(Namespace(output_dir="", log_dir=str(tmp_path)), run, steps=5)
+        log.add_window({"loss": loss}, 3)
+        log.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss/loss")] == [2.0]
 
 
 @contextmanager

@@ -139,7 +139,7 @@ class RunLog:
             return
         try:
             if self._writer is None:
-                self._writer = SummaryWriter(self._folder, purge_step=self._purge_step)
+                self._writer = self._opened()
             add(self._writer)
             self._writer.flush()  # before a checkpoint that is later than these points
             self._purge_step = None
@@ -150,6 +150,13 @@ class RunLog:
             why = "it cannot write to a folder of that name in this locale"
             logger.warning(f"warning: no TensorBoard in {self._folder}: {why}")
             self._folder = ""
+
+    def _opened(self) -> SummaryWriter:
+        # TensorBoard reads files in the order of their names: second, host, process, a count. Of
+        # two of one second the later may come first, and then drops none of the other's points.
+        while any(Path(self._folder).glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.05)
+        return SummaryWriter(self._folder, purge_step=self._purge_step)
 
     def close(self) -> None:
         if self._writer is not None:
