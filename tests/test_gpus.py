@@ -98,6 +98,24 @@ def test_ranks_of_different_devices_compute_alike():
     in_processes(_least_capable, 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "native", "warning"),
+    [
+        ("auto", False, ""),
+        ("fp32", False, ""),
+        ("fp16", False, "--precision fp16 is emulated here, and slow: auto takes float32"),
+        ("bf16", False, "--precision bf16 is emulated here, and slow: auto takes float32"),
+        ("bf16", True, ""),
+        ("fp32", True, ""),
+    ],
+)
+def test_formats_that_a_device_emulates_are_warned_of(name, native, warning, monkeypatch, caplog):
+    for question in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, question, lambda: native)
+    Precision(name, torch.device("cpu"))
+    assert [r.message for r in caplog.records] == [f"warning: {warning}"] * bool(warning)
+
+
 class Event:
     """A GPU's, that comes after some looks at it; or never."""
 

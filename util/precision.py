@@ -10,18 +10,13 @@ from util.distributed import is_main_process, max_over_ranks
 
 logger = logging.getLogger(__name__)
 
-CAPABILITY = (torch.float32, torch.float16, torch.bfloat16)  # what `auto` prefers, last
+FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CAPABILITY = list(FORMATS.values())  # what `auto` prefers, last
 
 
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that `--precision` means on a device.
-
-    Args:
-        name: auto, bf16, fp16 or fp32. auto is bf16 where the device computes it natively
-            (NVIDIA from Ampere on, CPUs with AMX or AVX512-BF16), fp16 on older GPUs, else fp32.
-    """
-    if name != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+def native_precision(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes it itself (NVIDIA from Ampere on, CPUs with AMX or
+    AVX512-BF16), float16 on older GPUs, else float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
@@ -31,16 +26,22 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def common_precision(name: str, device: torch.device) -> torch.dtype:
-    """`resolve_precision` of the least capable process's device, for all of them.
+    """The dtype that `--precision` means: auto is the least capable process's native one, for all.
 
     Ranks of other formats would scale losses by other factors, and drift apart.
     """
-    own = CAPABILITY.index(resolve_precision(name, device))
+    own = CAPABILITY.index(native_precision(device))
     least, most = -max_over_ranks(-own), max_over_ranks(own)
-    if least < most and is_main_process():
-        words = [str(CAPABILITY[place]).removeprefix("torch.") for place in (most, least)]
-        logger.warning("warning: not all processes compute in {}: all use {}".format(*words))
-    return CAPABILITY[least]
+    common, best = (str(CAPABILITY[place]).removeprefix("torch.") for place in (least, most))
+    dtype = FORMATS.get(name, CAPABILITY[least])
+    warning = ""
+    if name == "auto" and least < most:
+        warning = f"warning: not all processes compute in {best}: all use {common}"
+    elif CAPABILITY.index(dtype) > least:
+        warning = f"warning: --precision {name} is emulated here, and slow: auto takes {common}"
+    if warning and is_main_process():
+        logger.warning(warning)
+    return dtype
 
 
 def choose_attention(dtype: torch.dtype) -> None:

@@ -131,8 +131,8 @@ def carry_out(args: argparse.Namespace, data: dict, run: Run, seed: int) -> str:
     if run.flags is not None and not (log_path(run, seed, args).exists() and weights.exists()):
         return f"{run.name} {seed}: not pretrained yet, or its checkpoint is gone"
     encoder = "" if run.flags is None else f"--finetune {weights}"
-    common = f"--model vit_{args.size} --input_size {SIDE} --seed {seed} --precision bf16"
-    common += f" --num_workers {args.num_workers}"
+    common = f"--model vit_{args.size} --input_size {SIDE} --seed {seed}"
+    common += f" --precision {args.precision} --num_workers {args.num_workers}"
     work = args.work_dir / "downstream" / f"{run.name}-{seed}"
     record = {"name": run.name, "seed": seed} | settings(run, args)
     record["finetuned"] = finetune(launch, common, encoder, work, data)

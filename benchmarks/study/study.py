@@ -6,9 +6,8 @@
 `--data_path` is a folder with train/ and val/, such as an ImageFolder of CIFAR-10, or `cifar10`
 (torchvision's, downloaded). Every run is pretraining and its probes, a process each, on the GPU if
 there is one; its log is LOGS/WHAT/NAME-SEED.json. What has a log is not run again, and what was
-interrupted continues where it was. `tables.py` and `draw.py` show what the logs say.
-
-Test images are for the final numbers alone: of each training the last epoch counts, not the best.
+interrupted continues where it was. `tables.py` and `draw.py` show what the logs say. Test images
+are for the final numbers alone: of each training the last epoch counts, not the best.
 """
 
 import argparse
@@ -81,6 +80,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--test_images", type=positive, help="default: the sweep's")
     parser.add_argument("--epochs", type=positive, help="CAN's; default: the sweep's")
     parser.add_argument("--batch_size", type=positive, default=256, help="over all processes")
+    parser.add_argument("--precision", default="bf16", help="fp32 where bf16 is slow")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
     parser.add_argument("--num_workers", type=number(int, 0), default=0, help="per run")
     return parser
@@ -141,13 +141,8 @@ def epochs_of(run: Run, epochs: int, size: str) -> int:
 
 def settings(run: Run, args: argparse.Namespace) -> dict[str, int | str]:
     """What else tells two runs of a name and seed apart."""
-    found = {
-        "size": args.size,
-        "epochs": epochs_of(run, args.epochs, args.size),
-        "images": args.images,
-        "test_images": args.test_images,
-        "batch_size": args.batch_size,
-    }
+    found = {"size": args.size, "epochs": epochs_of(run, args.epochs, args.size)}
+    found |= {name: getattr(args, name) for name in ("images", "test_images", "batch_size")}
     return found | ({"held_out": True} if SWEEPS[args.what].held_out else {})
 
 
@@ -287,7 +282,8 @@ def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str
     """Trains and probes one run, and writes its log; returns a line about it."""
     log, begin, launch = log_path(run, seed, args), time.time(), Launcher()
     work = args.work_dir / args.what / f"{run.name}-{seed}"
-    common = f"--input_size {SIDE} --seed {seed} --num_workers {args.num_workers} --precision bf16"
+    common = f"--input_size {SIDE} --seed {seed} --num_workers {args.num_workers}"
+    common += f" --precision {args.precision}"
     record = {"name": run.name, "seed": seed} | settings(run, args)
 
     length = f"--batch_size {args.batch_size // run.processes} --epochs {record['epochs']}"
