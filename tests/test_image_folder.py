@@ -1,6 +1,7 @@
 """Folders as people have them: leftovers, other names, links; what is left out is told."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_one_class_may_be_called_train(root):
     assert open_labelled(str(root))[0].classes == ["airplane", "ship", "train"]
 
 
-def test_what_lies_beside_the_only_split_is_told(root, caplog):
+def test_what_lies_beside_the_splits_is_told(root, caplog):
     (root / "train/bird").rename(root / "train/train")
     for folder, file in (("notes", "a.txt"), (".hidden", "a.jpg")):
         (root / "train" / folder).mkdir()
@@ -113,7 +114,12 @@ def test_what_lies_beside_the_only_split_is_told(root, caplog):
     assert len(open_dataset(str(root), train=True)) == 12
     assert "is used, not" not in caplog.text
     assert len(open_dataset(str(root / "train"), train=True)) == 4
-    assert f"warning: {root}/train: only train/ is used, not airplane, ship" in caplog.text
+    assert f"warning: {root}/train: train/ is used, not airplane, ship" in caplog.text
+    shutil.copytree(root / "val", root / "unlabeled")  # beside train/ and val/
+    open_dataset(str(root), train=False)
+    assert f"{root}: " not in caplog.text
+    open_dataset(str(root), train=True)
+    assert f"warning: {root}: train/ is used, not unlabeled" in caplog.text
 
 
 def test_a_stray_image_is_named(root):

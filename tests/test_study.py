@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -169,6 +170,12 @@ def test_results_are_the_tables_of_the_logs(capsys):
     shown = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| ") for line in shown) >= 30
     assert [line for line in shown if line not in results] == []
+
+
+def test_tables_of_one_sweep_alone(tmp_path, capsys):
+    shutil.copytree(study.LOGS / "noise", tmp_path / "noise")
+    tables.main(tables.get_args_parser().parse_args(["--log_dir", str(tmp_path)]))
+    assert capsys.readouterr().out.startswith("| run | epochs |")
 
 
 def test_the_documents_numbers_are_the_logs():

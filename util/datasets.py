@@ -171,7 +171,7 @@ def _open_own(data_path: str, train: bool | None, cache_dir: str) -> Source:
     if images.archives:
         return _open_archives(images.archives, split or root, train, cache_dir, bool(split))
     if split and train and (others := unused_beside(split)):
-        logger.warning(f"warning: {root}: only {split.name}/ is used, not {few(others)}")
+        logger.warning(f"warning: {root}: {split.name}/ is used, not {few(others)}")
     if split is None and train is not None:
         if not train:
             _no_split(root, train)

@@ -236,9 +236,7 @@ def differences(logs: Logs, can: list[dict], deviations: dict[str, float], image
     markdown(["minus CAN", "seeds", *MAIN_READOUTS], rows)
 
 
-def main(args: argparse.Namespace) -> None:
-    methods = read(args.log_dir / "methods", METHODS)
-    ablations = read(args.log_dir / "ablations", ABLATIONS)
+def first_study(methods: Logs, ablations: Logs) -> None:
     can = methods["can"]
     deviations = seed_deviations([*methods.values(), *ablations.values()])
     between, within = disagreements(ablations)
@@ -252,6 +250,12 @@ def main(args: argparse.Namespace) -> None:
     if ablations:
         differences(ablations, can, deviations, images)
         terms_table({"can": can} | ablations)
+
+
+def main(args: argparse.Namespace) -> None:
+    methods = read(args.log_dir / "methods", METHODS)
+    if "can" in methods:
+        first_study(methods, read(args.log_dir / "ablations", ABLATIONS))
     if recipes := read(args.log_dir / "recipes", RECIPES):
         accuracy_table(recipes)
         terms_table(recipes)

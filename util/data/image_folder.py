@@ -38,12 +38,11 @@ def find_split(root: Path, train: bool | None) -> Path | None:
 
 
 def unused_beside(split: Path) -> list[str]:
-    """Folders with images beside a split's, where no other split's is: it may be a class."""
+    """Folders with images beside a split's, that are no other split's: it may be a class."""
     with os.scandir(split.parent) as entries:
-        names = {e.name for e in entries if e.is_dir() and is_shown(e.name)} - {split.name}
-    if any(name.lower() in SPLITS[False] for name in names):
-        return []
-    return [name for name in sorted(names) if _holds_images(split.parent / name)]
+        names = sorted(e.name for e in entries if e.is_dir() and is_shown(e.name))
+    others = [name for name in names if name != split.name and name.lower() not in SPLITS[False]]
+    return [name for name in others if _holds_images(split.parent / name)]
 
 
 def _holds_images(folder: Path) -> bool:

@@ -147,7 +147,7 @@ class Shards(Source):
             unused = np.array([top_of(f) in others for f in folders] + [False])
             self._leave_out(unused[self.index["labels"]])
             if any(others) and not any(top.lower() in SPLITS[not train] for top in tops):
-                self.guess = f"only {wanted}/ is used, not {few(list(filter(None, others)))}"
+                self.guess = f"{wanted}/ is used, not {few(list(filter(None, others)))}"
             folders = [f.partition("/")[2] for f in folders]
         tops = [top_of(folder) for folder in folders]
         full = {top for top, take in zip(tops, taken, strict=False) if take}
