@@ -81,8 +81,7 @@ def training_step(
     objective: str, precision: Precision, options: argparse.Namespace, compiled: bool = False
 ) -> Callable[[], None]:
     args = parse(objective, options.model)
-    if precision.device.type == "cpu":
-        choose_attention(precision.dtype)  # as main_pretrain.py does
+    choose_attention(precision.device, precision.dtype)  # as main_pretrain.py does
     model = build_model(args).to(precision.device)
     model.grad_checkpointing = options.grad_checkpointing
     if compiled:

@@ -134,8 +134,11 @@ def test_the_end_of_a_loader_process_is_explained_and_no_other_error(how):
     with pytest.raises(RuntimeError) as error:
         list(DataLoader(Spoilt(how), batch_size=4, num_workers=1, **options))
     assert time.monotonic() - begin < 30
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise, in any test
     for process in multiprocessing.active_children():  # which the error's traceback keeps
         process.kill()
+        process.join()
+    signal.signal(signal.SIGCHLD, handler)
     line = loader.explain(error.value)
     if how == "dataset":
         assert line is None
@@ -159,6 +162,12 @@ def test_too_little_shared_memory_is_explained(words):
     """As torch 2.6 to 2.14 say it, behind a loader process's traceback."""
     text = f"Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: {words}\n"
     assert "--ipc=host" in loader.explain(RuntimeError(text))
+
+
+def test_a_dead_thread_of_a_gpu_s_loader_is_explained():
+    """As of too many open files; this is all that the main thread is told."""
+    line = loader.explain(RuntimeError("Pin memory thread exited unexpectedly"))
+    assert "see its own message; `ulimit -n` allows" in line
 
 
 @starts

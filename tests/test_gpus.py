@@ -17,12 +17,12 @@ from util.args import linprobe_parser
 from util.data.survey import settle_pixels
 from util.datasets import open_dataset
 from util.distributed import gather_rows, wait_for, watch_peers
-from util.errors import STOP_SIGNALS
+from util.errors import STOP_SIGNALS, Stopped
 from util.features import Features, encode, knn_accuracies
 from util.precision import Precision
 from util.run.finite import FiniteCheck
 from util.run.interrupt import Interrupts
-from util.run.launch import PEER_LOST, launch, nccl_words
+from util.run.launch import PEER_LOST, _end_with_peers, launch, nccl_words
 
 # As users report them to PyTorch; the beginnings are torch's and name its source lines.
 DUPLICATE = """NCCL error in: torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1275, invalid usage
@@ -147,6 +147,46 @@ def _lose_a_peer(rank: int, watched: Callable[[], None]) -> None:
 def test_a_wait_for_the_device_ends_when_a_peer_does(watched):
     """Whether it is watched by the flags of each step, or because a step is waited for."""
     in_processes(_lose_a_peer, 2, watched)
+
+
+def _lose_a_peer_in_the_driver(rank: int) -> None:
+    statuses, ended = [], threading.Event()
+    patch = pytest.MonkeyPatch()
+    patch.setattr("util.run.launch._launched", True)
+    patch.setattr("util.run.launch.GRACE", 0.1)
+    patch.setattr("util.run.launch._exit", lambda status: (statuses.append(status), ended.set()))
+    watch_peers()
+    threading.Thread(target=_end_with_peers, daemon=True).start()
+    dist.barrier()
+    if rank == 1:
+        time.sleep(2)
+        assert not statuses  # nobody has died
+        os._exit(0)
+    watch_peers()  # which the other will not answer
+    assert ended.wait(20)
+    assert statuses == [1]
+
+
+def test_a_process_ends_when_a_peer_does_even_if_the_driver_holds_its_main_thread():
+    in_processes(_lose_a_peer_in_the_driver, 2)
+
+
+@pytest.mark.parametrize(("agreed", "destroyed"), [(True, 1), (False, 0)])
+def test_the_group_is_only_destroyed_where_all_ranks_stop_at_one_step(
+    agreed, destroyed, monkeypatch
+):
+    """nccl's end waits for the others' part of what this rank has begun."""
+    ends = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ends.append(1))
+    monkeypatch.setattr("util.run.launch.get_world_size", lambda: 2)
+
+    def main(args):
+        raise Stopped(signal.SIGTERM, agreed=agreed)
+
+    with pytest.raises(SystemExit):
+        launch(main, None)
+    assert len(ends) == destroyed
 
 
 def _lose_a_peer_in_a_step(rank: int) -> None:

@@ -9,12 +9,14 @@ from functools import partialmethod
 import pytest
 import torch
 from conftest import ROOT, TINY, run_main
+from timm.layers import use_fused_attn
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 import main_pretrain
 from model_mae import MaskedAutoencoderViT
+from util.precision import choose_attention
 
 FLAGS = [*TINY, "--model", "mae_vit_nano_patch4", "--batch_size", 4, "--accum_iter", 2]
 
@@ -88,6 +90,12 @@ def test_attention_on_cpus(precision, fused, photos, monkeypatch):
     flags = [*FLAGS, "--data_path", photos, "--epochs", 1, "--output_dir", ""]
     assert run_main(main_pretrain, *flags, "--device", "cpu", "--precision", precision) == 0
     assert seen == {fused}
+
+
+def test_attention_on_gpus_is_fused_whatever_ran_before():
+    for device, dtype in (("cpu", torch.bfloat16), ("cuda", torch.bfloat16)):
+        choose_attention(torch.device(device), dtype)
+        assert use_fused_attn() == (device == "cuda")
 
 
 def test_freed_memory_is_used_again():

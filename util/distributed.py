@@ -130,9 +130,23 @@ def wait_for(event: torch.cuda.Event) -> None:
         RuntimeError: gloo's, of another process's end.
     """
     while not event.query():
-        if _watched is not None and _watched.is_completed():
-            _watched.wait()
+        _look_at_peers()
         time.sleep(POLL)
+
+
+def _look_at_peers() -> None:
+    work = _watched
+    if work is not None and work.is_completed():
+        work.wait()
+
+
+def peer_has_ended() -> bool:
+    """Whether a process that is watched has ended, as `wait_for` notices it."""
+    try:
+        _look_at_peers()
+    except RuntimeError:
+        return True
+    return False
 
 
 def wait_for_device(device: torch.device) -> None:

@@ -120,7 +120,7 @@ def embed(
     from_rank_zero(lambda: _create(path, shape))
     rows = np.lib.format.open_memmap(path, mode="r+")
     data = SeededDataset(images, eval_transform_of(args), seed=0)
-    loader = eval_loader(data, args, precision.device, share=True)
+    loader = eval_loader(data, args, precision.device, share=True, once=True)
     place, progress = get_rank(), Progress(len(images))
     for batch, _ in loader:
         with precision.autocast():

@@ -14,11 +14,15 @@ class NoSplit(UserError):
 
 
 class Stopped(BaseException):
-    """The run was asked to stop: `signal` is what asked, `saved` whether its state was saved.
+    """The run was asked to stop.
 
     Like KeyboardInterrupt it is not an Exception, so that `except Exception` does not catch it.
+
+    Attributes:
+        signal: what asked for it.
+        agreed, saved: whether all ranks stop at this step; whether the run's state was saved.
     """
 
-    def __init__(self, number: int, saved: bool = False):
+    def __init__(self, number: int, agreed: bool = False, saved: bool = False):
         super().__init__(signal.Signals(number).name)
-        self.signal, self.saved = number, saved
+        self.signal, self.agreed, self.saved = number, agreed, saved

@@ -80,7 +80,7 @@ def encode(
     if total < get_world_size():
         raise UserError(f"{total} images are too few to share among {get_world_size()} processes")
     images = SeededDataset(dataset, eval_transform_of(args), args.seed)
-    loader = eval_loader(images, args, device, share=True)
+    loader = eval_loader(images, args, device, share=True, once=True)
     own = len(loader.sampler)
     features, labels, done = None, torch.empty(own, dtype=torch.int64, device=device), 0
     for batch, batch_labels in polled(loader, poll):

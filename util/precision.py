@@ -44,13 +44,13 @@ def common_precision(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def choose_attention(dtype: torch.dtype) -> None:
-    """Chooses the attention of models that are built from now on, for a CPU.
+def choose_attention(device: torch.device, dtype: torch.dtype) -> None:
+    """Chooses the attention of models that are built from now on.
 
-    torch's fused attention is slow there in 16 bits, mostly in its backward pass: with matrix
+    torch's fused attention is slow on CPUs in 16 bits, mostly in its backward pass: with matrix
     products and a softmax a ViT-B/16 step takes three quarters of the time and a fifth more memory.
     """
-    set_fused_attn(enable=dtype == torch.float32)
+    set_fused_attn(enable=device.type != "cpu" or dtype == torch.float32)
 
 
 def keep_freed_memory() -> None:
@@ -80,8 +80,8 @@ class Precision:
         self.device = device
         self.dtype = common_precision(name, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        choose_attention(device, self.dtype)
         if device.type == "cpu":
-            choose_attention(self.dtype)
             keep_freed_memory()
 
     def autocast(self) -> torch.autocast:

@@ -57,6 +57,7 @@ class DeviceLoader(DataLoader):
         finish: makes the device's inputs from a batch of the dataset's: on a GPU on the loader's
             stream, on a CPU in the loader's processes. If not given, inputs are copied as they are.
         num_workers: in place of the flag's.
+        once: there will be one pass: its processes end after it.
     Attributes:
         bad: the images that were unreadable so far; the same on all ranks.
         replaced: which of the last batch's images are others, in place of unreadable ones.
@@ -71,6 +72,7 @@ class DeviceLoader(DataLoader):
         device: torch.device,
         finish: Callable[[Any, torch.device], Any] | None = None,
         num_workers: int | None = None,
+        once: bool = False,
     ):
         workers = args.num_workers if num_workers is None else num_workers
         on_host = finish and device.type == "cpu"
@@ -79,7 +81,7 @@ class DeviceLoader(DataLoader):
             batch_size=args.batch_size,
             sampler=sampler,
             num_workers=workers,
-            persistent_workers=workers > 0,
+            persistent_workers=workers > 0 and not once,
             pin_memory=args.pin_mem and device.type == "cuda",
             worker_init_fn=_begin_worker,
             collate_fn=partial(_finished_batch, finish, device) if on_host else None,
@@ -228,6 +230,8 @@ def explain(error: Exception) -> str | None:
     full = "file </torch_" in text and "No space left" in text
     if full or "out of shared memory" in text or "shared memory(shm)" in text:
         return f"a loader process is out of shared memory: {_shared_memory()}"
+    if text.startswith("Pin memory thread exited"):
+        return f"the thread that pins batches died, see its own message; {limit}"
     if re.match("DataLoader worker .*(exited|killed)", text):  # else a dataset's own error
         memory = "; is the machine's memory full?" if "signal: Killed" in text else ""
         return f"{text.partition('. ')[0]}{memory}; {_shared_memory()}; {limit}"

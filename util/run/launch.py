@@ -13,13 +13,13 @@ import threading
 import time
 import traceback
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 
 from util.data.loader import end_loaders, explain
-from util.distributed import get_rank, get_world_size
+from util.distributed import get_rank, get_world_size, peer_has_ended
 from util.errors import STOP_SIGNALS, Stopped, UserError
 from util.network import RANK_ZERO_FIRST
 from util.parents import end_with_launcher, is_script
@@ -30,12 +30,14 @@ from util.run.lock import release_locks
 logger = logging.getLogger(__name__)
 
 PEER_LOST = "another process of this run died or hung, see its own messages"
+CONTINUES = "--resume auto continues from the last save"
+GRACE = 5  # seconds for the main thread to notice it first
 # In nccl's errors that tell of another process's end.
 NCCL_PEER = (
     "ncclRemoteError", "remote process", "remote peer", "reset by peer", "aborted",
     "collective operation timeout", "wait timeout", "store->get",
 )  # fmt: skip
-_launched = False  # by `launch`, after which the process ends
+_launched = False  # the script is running, by `launch`: after it the process ends
 # Seconds for gloo's threads to drop the last tensors: until torch 2.7 or so, destroying the group
 # keeps Python's lock, which they need for that, and waits for them.
 SETTLE = 0.05
@@ -80,11 +82,16 @@ class Surroundings:
             signal.signal(signal.SIGCHLD, self.on_child)
 
 
-def tear_down(before: Surroundings | None = None) -> None:
-    """Ends loader processes and the process group, releases locks, restores what was before."""
+def tear_down(before: Surroundings | None = None, agreed: bool = True) -> None:
+    """Ends loader processes and the process group, releases locks, restores what was before.
+
+    Args:
+        agreed: all ranks do so after the same step. Else nccl would wait for the others' part of
+            what this one has begun, and the process must end without that.
+    """
     _end_loaders()
     finish_background()
-    if dist.is_initialized():
+    if dist.is_initialized() and (agreed or get_world_size() == 1):
         time.sleep(SETTLE)
         dist.destroy_process_group()
     release_locks()
@@ -115,16 +122,18 @@ def launch(main: Callable[[Namespace], None], args: Namespace) -> None:
 
 def _status_of(main: Callable[[Namespace], None], args: Namespace) -> int:
     """The exit status of a script, and one line for the user if it is not 0."""
-    global _launched
-    _launched = True
+    agreed = False
     try:
         try:
-            main(args)
+            with _watched_by_a_thread():
+                main(args)
+            agreed = True
         except UserError as error:
             _fail(str(error))
         except torch.OutOfMemoryError:
             _fail("out of GPU memory: lower --batch_size (and raise --accum_iter to match)")
-        except Stopped:
+        except Stopped as stopped:
+            agreed = stopped.agreed
             raise
         except Exception as error:
             if line := explain(error):
@@ -134,12 +143,11 @@ def _status_of(main: Callable[[Namespace], None], args: Namespace) -> int:
             if words := nccl_words(error):
                 _fail(words)
             if _is_of_a_peer(error):
-                _fail(f"{PEER_LOST}; --resume auto continues from the last save")
+                _fail(f"{PEER_LOST}; {CONTINUES}")
             traceback.print_exc()
             _leave()
         finally:
-            tear_down()
-            _launched = False
+            tear_down(agreed=agreed)
     except Stopped as stopped:  # also one that comes while an error is handled
         after = " after saving; --resume auto continues from here" if stopped.saved else ""
         logger.info(f"stopped by {stopped}{after}")
@@ -152,6 +160,31 @@ def _status_of(main: Callable[[Namespace], None], args: Namespace) -> int:
             return 1
         return ended.code or 0
     return 0
+
+
+@contextlib.contextmanager
+def _watched_by_a_thread() -> Iterator[None]:
+    global _launched
+    _launched = True
+    if torch.cuda.is_available():
+        threading.Thread(target=_end_with_peers, daemon=True).start()
+    try:
+        yield
+    finally:
+        _launched = False
+
+
+def _end_with_peers() -> None:
+    """Ends this process after another one's end, if the driver holds the main thread.
+
+    Behind a kernel that waits for the other process a GPU's queue fills up. Then launching one more
+    blocks, and Python with it, until nccl gives up after ten minutes.
+    """
+    while _launched and not peer_has_ended():
+        time.sleep(1)
+    time.sleep(GRACE)
+    if _launched:
+        _fail(f"{PEER_LOST}; {CONTINUES}")
 
 
 def _is_of_a_peer(error: Exception) -> bool:

@@ -213,7 +213,7 @@ class Run:
         position = {"images": self.step * global_batch(self.args), "metrics": metrics}
         self._save([LAST], position, last_chance=bool(number))
         if number:
-            raise Stopped(number, saved=self.folder is not None)
+            raise Stopped(number, agreed=True, saved=self.folder is not None)
 
     def save(self, epoch: int, score: float | None = None) -> None:
         """Saves the state after an epoch: every save_freq epochs numbered, and as the last.
