@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine_pretrain import total_loss
 from model_mae import build_model
 from util.args import pretrain_parser
-from util.precision import Precision, choose_attention, keep_freed_memory
+from util.precision import Precision, keep_freed_memory
 
 FLAGS = {
     "CAN": [],
@@ -81,7 +81,6 @@ def training_step(
     objective: str, precision: Precision, options: argparse.Namespace, compiled: bool = False
 ) -> Callable[[], None]:
     args = parse(objective, options.model)
-    choose_attention(precision.device, precision.dtype)  # as main_pretrain.py does
     model = build_model(args).to(precision.device)
     model.grad_checkpointing = options.grad_checkpointing
     if compiled:

@@ -6,7 +6,6 @@ import datetime
 import os
 import resource
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,18 +16,17 @@ import torch.distributed as dist
 from util.errors import UserError
 from util.meeting import master, meet, place
 from util.network import settle_network
+from util.peers import watch_peers
 
 T = TypeVar("T")
 
 _host_group: dist.ProcessGroup | None = None
-_watched: dist.Work | None = None  # on the host; it fails if another process ends
 _patient_group: dist.ProcessGroup | None = None  # for `from_rank_zero`
 STEP_TIMEOUT = datetime.timedelta(minutes=10)  # a process that is later than this has hung
 GATHERED = 2**14  # rows of all processes that are sent at once
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MOST_FILES = 2**16
 GLOO = "gloo (GLOO_SOCKET_IFNAME names the interface to take)"
-POLL = 1e-3  # seconds between looks at a GPU
 RANK_ZERO_TIMEOUT = datetime.timedelta(hours=12)  # it may list a million files, or download them
 
 
@@ -76,7 +74,7 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
         UserError: no such GPU, or not everywhere; the processes cannot meet at dist_url, or reach
             each other.
     """
-    global _host_group, _patient_group, _watched
+    global _host_group, _patient_group
     _allow_files()
     rank, local_rank, world_size = place(args)
     device = choose_device(args.device, local_rank)
@@ -91,13 +89,14 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
             dist.init_process_group("gloo", **group)
         _host_group = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
         _patient_group = dist.new_group(backend="gloo", timeout=RANK_ZERO_TIMEOUT)
+        if device.type == "cuda" and world_size > 1:
+            watch_peers(dist.new_group(backend="gloo", timeout=STEP_TIMEOUT))
     except RuntimeError as error:
         ended = dist.is_initialized() and "by peer" in str(error)  # another process
         if ended or isinstance(error, dist.DistError) or "gloo" not in str(error).lower():
             raise
         line = str(error).splitlines()[0]
         raise UserError(f"the processes do not reach each other over {GLOO}: {line}") from None
-    _watched = None  # that of a run before
     return device
 
 
@@ -107,54 +106,6 @@ def _allow_files() -> None:
     most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def watch(work: dist.Work) -> None:
-    """Makes `wait_for` raise what this work on the host raises, as when another process ended."""
-    global _watched
-    _watched = work
-
-
-def watch_peers() -> None:
-    """Lets `wait_for` notice from now on when another process ends; called by all ranks."""
-    if get_world_size() > 1:
-        watch(dist.all_reduce(torch.zeros(1), group=_host_group, async_op=True))
-
-
-def wait_for(event: torch.cuda.Event) -> None:
-    """Waits for a GPU, but hears signals, and notices when a process that is watched has ended.
-
-    Without it, nccl waits for that one's part for ten minutes, and this process in the driver.
-
-    Raises:
-        RuntimeError: gloo's, of another process's end.
-    """
-    while not event.query():
-        _look_at_peers()
-        time.sleep(POLL)
-
-
-def _look_at_peers() -> None:
-    work = _watched
-    if work is not None and work.is_completed():
-        work.wait()
-
-
-def peer_has_ended() -> bool:
-    """Whether a process that is watched has ended, as `wait_for` notices it."""
-    try:
-        _look_at_peers()
-    except RuntimeError:
-        return True
-    return False
-
-
-def wait_for_device(device: torch.device) -> None:
-    """Waits for all that a GPU's current stream was asked for, as `wait_for`."""
-    if device.type == "cuda":
-        event = torch.cuda.Event()
-        event.record()
-        wait_for(event)
 
 
 def host_group() -> dist.ProcessGroup:

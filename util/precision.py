@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CAPABILITY = list(FORMATS.values())  # what `auto` prefers, last
+_unfused = False  # attention, by `choose_attention`
 
 
 def native_precision(device: torch.device) -> torch.dtype:
@@ -38,7 +39,9 @@ def common_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto" and least < most:
         warning = f"warning: not all processes compute in {best}: all use {common}"
     elif CAPABILITY.index(dtype) > least:
-        warning = f"warning: --precision {name} is emulated here, and slow: auto takes {common}"
+        warning = f"warning: --precision {name} is emulated, and slow: auto takes {common}"
+    elif name == "fp16" and device.type == "cpu":  # few compute it, and torch does not tell which
+        warning = f"warning: --precision fp16 is slow on most CPUs: auto takes {common}"
     if warning and is_main_process():
         logger.warning(warning)
     return dtype
@@ -50,7 +53,10 @@ def choose_attention(device: torch.device, dtype: torch.dtype) -> None:
     torch's fused attention is slow on CPUs in 16 bits, mostly in its backward pass: with matrix
     products and a softmax a ViT-B/16 step takes three quarters of the time and a fifth more memory.
     """
-    set_fused_attn(enable=device.type != "cpu" or dtype == torch.float32)
+    global _unfused
+    before, _unfused = _unfused, device.type == "cpu" and dtype != torch.float32
+    if _unfused != before:  # else it is as timm, or its user, has set it
+        set_fused_attn(enable=not _unfused)
 
 
 def keep_freed_memory() -> None:

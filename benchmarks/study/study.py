@@ -80,7 +80,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--test_images", type=positive, help="default: the sweep's")
     parser.add_argument("--epochs", type=positive, help="CAN's; default: the sweep's")
     parser.add_argument("--batch_size", type=positive, default=256, help="over all processes")
-    parser.add_argument("--precision", default="bf16", help="fp32 where bf16 is slow")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
     parser.add_argument("--num_workers", type=number(int, 0), default=0, help="per run")
     return parser
@@ -143,7 +143,8 @@ def settings(run: Run, args: argparse.Namespace) -> dict[str, int | str]:
     """What else tells two runs of a name and seed apart."""
     found = {"size": args.size, "epochs": epochs_of(run, args.epochs, args.size)}
     found |= {name: getattr(args, name) for name in ("images", "test_images", "batch_size")}
-    return found | ({"held_out": True} if SWEEPS[args.what].held_out else {})
+    found |= {"held_out": True} if SWEEPS[args.what].held_out else {}
+    return found | ({"precision": args.precision} if args.precision != "bf16" else {})
 
 
 class Launcher:

@@ -25,6 +25,8 @@ from util.data.source import (
 
 logger = logging.getLogger(__name__)
 
+LOOK = 10_000  # files of a folder beside a split's to look at: it may hold a million notes
+
 
 def find_split(root: Path, train: bool | None) -> Path | None:
     """The folder of a split, by its usual names."""
@@ -41,13 +43,14 @@ def unused_beside(split: Path) -> list[str]:
     """Folders with images beside a split's, that are no other split's: it may be a class."""
     with os.scandir(split.parent) as entries:
         names = sorted(e.name for e in entries if e.is_dir() and is_shown(e.name))
-    others = [name for name in names if name != split.name and name.lower() not in SPLITS[False]]
+    others = [name for name in names if name.lower() not in SPLIT_NAMES]
     return [name for name in others if _holds_images(split.parent / name)]
 
 
 def _holds_images(folder: Path) -> bool:
     files = itertools.chain.from_iterable(names for _, _, names in os.walk(folder))
-    return any(extension_of(name) in EXTENSIONS and is_shown(name) for name in files)
+    some = itertools.islice(files, LOOK)
+    return any(extension_of(name) in EXTENSIONS and is_shown(name) for name in some)
 
 
 class ImageFiles(Source):

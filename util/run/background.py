@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from util.distributed import wait_for_device
 from util.errors import UserError
+from util.peers import wait_for_device
 
 logger = logging.getLogger(__name__)
 

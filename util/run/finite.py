@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from util.distributed import is_main_process, mean_over_ranks, wait_for, watch_peers
+from util.distributed import is_main_process, mean_over_ranks
 from util.errors import UserError
+from util.peers import wait_for
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,6 @@ class FiniteCheck:
             return
         (place, names, means, copied), self._pending = self._pending, None
         if copied is not None:
-            watch_peers()
             wait_for(copied)
         if means.isfinite().all():
             self._in_a_row = {True: 0, False: 0}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from util.distributed import from_rank_zero, get_world_size, host_group, watch
+from util.distributed import from_rank_zero, get_world_size, host_group
 from util.errors import STOP_SIGNALS, Stopped
 from util.parents import launcher_has_ended
 
@@ -65,7 +65,6 @@ class Interrupts:
         if get_world_size() == 1:
             return self._requested, due
         work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=host_group(), async_op=True)
-        watch(work)
         pending, self._pending = self._pending, (flags, work)
         if pending is None:
             return 0, False

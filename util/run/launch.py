@@ -13,16 +13,17 @@ import threading
 import time
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from util.data.loader import end_loaders, explain
-from util.distributed import get_rank, get_world_size, peer_has_ended
+from util.distributed import get_rank, get_world_size
 from util.errors import STOP_SIGNALS, Stopped, UserError
 from util.network import RANK_ZERO_FIRST
 from util.parents import end_with_launcher, is_script
+from util.peers import end_by, stop_watching
 from util.run.background import finish_background
 from util.run.interrupt import restore_handlers
 from util.run.lock import release_locks
@@ -30,14 +31,12 @@ from util.run.lock import release_locks
 logger = logging.getLogger(__name__)
 
 PEER_LOST = "another process of this run died or hung, see its own messages"
-CONTINUES = "--resume auto continues from the last save"
-GRACE = 5  # seconds for the main thread to notice it first
 # In nccl's errors that tell of another process's end.
 NCCL_PEER = (
     "ncclRemoteError", "remote process", "remote peer", "reset by peer", "aborted",
     "collective operation timeout", "wait timeout", "store->get",
 )  # fmt: skip
-_launched = False  # the script is running, by `launch`: after it the process ends
+_launched = False  # by `launch`, after which the process ends
 # Seconds for gloo's threads to drop the last tensors: until torch 2.7 or so, destroying the group
 # keeps Python's lock, which they need for that, and waits for them.
 SETTLE = 0.05
@@ -91,6 +90,7 @@ def tear_down(before: Surroundings | None = None, agreed: bool = True) -> None:
     """
     _end_loaders()
     finish_background()
+    stop_watching(agreed)
     if dist.is_initialized() and (agreed or get_world_size() == 1):
         time.sleep(SETTLE)
         dist.destroy_process_group()
@@ -122,11 +122,12 @@ def launch(main: Callable[[Namespace], None], args: Namespace) -> None:
 
 def _status_of(main: Callable[[Namespace], None], args: Namespace) -> int:
     """The exit status of a script, and one line for the user if it is not 0."""
-    agreed = False
+    global _launched
+    _launched, agreed = True, False
+    end_by(_end_with_peer)
     try:
         try:
-            with _watched_by_a_thread():
-                main(args)
+            main(args)
             agreed = True
         except UserError as error:
             _fail(str(error))
@@ -143,11 +144,12 @@ def _status_of(main: Callable[[Namespace], None], args: Namespace) -> int:
             if words := nccl_words(error):
                 _fail(words)
             if _is_of_a_peer(error):
-                _fail(f"{PEER_LOST}; {CONTINUES}")
+                _end_with_peer()
             traceback.print_exc()
             _leave()
         finally:
             tear_down(agreed=agreed)
+            _launched = False
     except Stopped as stopped:  # also one that comes while an error is handled
         after = " after saving; --resume auto continues from here" if stopped.saved else ""
         logger.info(f"stopped by {stopped}{after}")
@@ -162,29 +164,8 @@ def _status_of(main: Callable[[Namespace], None], args: Namespace) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _watched_by_a_thread() -> Iterator[None]:
-    global _launched
-    _launched = True
-    if torch.cuda.is_available():
-        threading.Thread(target=_end_with_peers, daemon=True).start()
-    try:
-        yield
-    finally:
-        _launched = False
-
-
-def _end_with_peers() -> None:
-    """Ends this process after another one's end, if the driver holds the main thread.
-
-    Behind a kernel that waits for the other process a GPU's queue fills up. Then launching one more
-    blocks, and Python with it, until nccl gives up after ten minutes.
-    """
-    while _launched and not peer_has_ended():
-        time.sleep(1)
-    time.sleep(GRACE)
-    if _launched:
-        _fail(f"{PEER_LOST}; {CONTINUES}")
+def _end_with_peer() -> None:
+    _fail(f"{PEER_LOST}; --resume auto continues from the last save")
 
 
 def _is_of_a_peer(error: Exception) -> bool:
@@ -234,6 +215,7 @@ def _leave() -> None:
     """Ends this process with status 1."""
     if get_world_size() == 1:
         sys.exit(1)
+    stop_watching(agreed=False)
     _end_loaders()
     finish_background()
     release_locks()

@@ -14,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from util.data.loader import DeviceLoader
-from util.distributed import get_rank, wait_for_device
+from util.distributed import get_rank
 from util.lr_sched import adjust_learning_rate
 from util.misc import MetricLogger, seed_all
+from util.peers import wait_for_device
 from util.precision import Precision
 from util.run.finite import GRADIENT, FiniteCheck
 from util.run.logs import RunLog, console_line
