@@ -260,7 +260,7 @@ def data(check: Check) -> Iterator[Line]:
             os.link(first, first.with_stem(str(i)))
         flags = ["--data_path", f"{folder}/images", "--model", f"mae_vit_{check.model}"]
         flags += ["--batch_size", str(check.batch), "--num_workers", str(check.workers)]
-        flags += ["--epochs", "3", "--warmup_epochs", "0"]
+        flags += ["--epochs", "2", "--warmup_epochs", "0"]
         last = run_script(check.device.type, f"{folder}/out", *flags)[-1]
         rate = f"{last['train_images_per_second']:.0f} images/s"
         share = last["train_data_wait"]
