@@ -93,9 +93,8 @@ def components(encoder: Encoder, imgs: Tensor) -> list[Image.Image]:
     patches = encoder.tokens(imgs)[:, 1:].float()
     several = len(imgs) > 1
     flat = (patches - patches.mean(dim=0 if several else 1, keepdim=True)).flatten(0, 1)
-    # The largest stand last. On the host: a full GPU has no room for its solver's own memory.
-    _, directions = torch.linalg.eigh((flat.T @ flat).cpu())
-    values = flat @ directions[:, -3:].flip(1).to(flat.device)
+    _, directions = torch.linalg.eigh(flat.T @ flat)  # the largest stand last
+    values = flat @ directions[:, -3:].flip(1)
     low, high = (values.quantile(q, dim=0) for q in TAILS)
     colours = ((values - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     grid = encoder.vit.patch_embed.grid_size
