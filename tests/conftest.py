@@ -84,7 +84,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run(*command: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
+def run(*command: str, timeout: float = 400, **env: str) -> subprocess.CompletedProcess:
     """A command in the repository's root, with its output as text; one thread per process."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | env
     return subprocess.run(

@@ -45,7 +45,7 @@ class Forks:
         module: str,
         *flags: object,
         cwd: Path,
-        limit_s: int = 60,
+        limit_s: int = 180,
         powerless: bool = False,
         **env: str,
     ) -> tuple[int, str, str]:

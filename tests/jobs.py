@@ -81,7 +81,7 @@ def scontrol(*words: str) -> None:
     subprocess.run(["scontrol", *words], check=True)
 
 
-def wait_until(true: Callable[[], object], what: str, timeout: float = 150) -> None:
+def wait_until(true: Callable[[], object], what: str, timeout: float = 600) -> None:
     end = time.monotonic() + timeout
     while not true():
         assert time.monotonic() < end, f"{what}: not within {timeout} s"

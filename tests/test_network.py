@@ -221,7 +221,7 @@ def test_two_machines_whose_names_lead_to_themselves_train_together():
             for rank, name in enumerate(names)
         ]  # fmt: skip
         try:
-            said = [rank.communicate(timeout=180)[0] for rank in ranks]
+            said = [rank.communicate(timeout=600)[0] for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()

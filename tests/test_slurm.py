@@ -91,7 +91,7 @@ def test_srun_needs_no_flag(reference, tmp_path):
     """On one machine, where its processes can find each other by the job's number."""
     words = [sys.executable, "main_pretrain.py", *RUN, "--output_dir", tmp_path / "out"]
     command = ["srun", "-N", "1", "-n", "2", "-c", "1", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert_same_state(tmp_path / "out", reference)
 
