@@ -49,9 +49,9 @@ torch.set_num_threads(1)  # the models here are too small to share out
 os.register_at_fork(after_in_child=gc.freeze)
 
 # A model and a batch that take milliseconds; `--num_workers 0` saves the loader's processes.
-TINY = ["--model", "mae_vit_tiny_patch4", "--input_size", "8", "--num_workers", "0"]
+TINY = ["--model", "mae_vit_nano_patch4", "--input_size", "8", "--num_workers", "0"]
 TINY += ["--device", "cpu"]
-VIT = ["--model", "vit_tiny_patch4", *TINY[2:]]
+VIT = ["--model", "vit_nano_patch4", *TINY[2:]]
 
 SMALL = {
     "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4,

@@ -106,7 +106,7 @@ def trained(photos, tmp_path_factory):
 def test_checkpoint_of_another_architecture(fails, photos, trained):
     flags = ["--data_path", photos, "--batch_size", 8, "--resume", trained, "--input_size", 16]
     line = fails(*flags)
-    assert "another architecture: pos_embed is [1, 5, 192], not [1, 17, 192]" in line
+    assert "another architecture: pos_embed is [1, 5, 96], not [1, 17, 96]" in line
 
 
 def test_checkpoint_of_another_objective(fails, photos, trained):

@@ -2,8 +2,10 @@
 
 import pickle
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
+from util.data.loader import TrainLoader, train_loader
 from util.data.order import EpochSampler, SeededDataset
 from util.data.source import Part, match_classes
 from util.data.transforms import eval_transform
@@ -56,6 +59,63 @@ def test_workers_do_not_change_the_views(digits):
     for a, b in zip(batches(0), batches(2), strict=True):
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
+
+
+class Asked(Dataset):
+    """Notes in a folder which keys it was asked for, in whatever process."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, key: tuple[int, int]):
+        (self.folder / "{}-{}".format(*key)).touch()
+        return torch.tensor(key), 0, ("", "")
+
+    def epochs(self) -> set[int]:
+        return {int(path.name.partition("-")[0]) for path in self.folder.iterdir()}
+
+
+def asked(folder: Path, workers: int) -> tuple[Asked, TrainLoader]:
+    folder.mkdir(exist_ok=True)
+    args = SimpleNamespace(
+        batch_size=2, accum_iter=3, seed=5, num_workers=workers, pin_mem=False, output_dir="",
+        shuffle_window=0,
+    )  # fmt: skip
+    data = Asked(folder)
+    return data, train_loader(data, args, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("roomy", [True, False])
+def test_a_loader_gives_each_epoch_as_its_sampler_does(workers, roomy, tmp_path, monkeypatch):
+    """From any step on, whether or not its processes go on into the next epoch."""
+    if not roomy:  # twice for two batches of two images of 24 bytes for each process
+        usage = SimpleNamespace(free=2 * 24 * 4 * max(1, workers) - 1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    data, loader = asked(tmp_path / "asked", workers)
+    reference = EpochSampler(data, 6, seed=5)
+    for epoch, done in ((3, 1), (4, 0), (5, 0), (5, 2), (5, 0)):
+        reference.set_epoch(epoch, done)
+        expected = list(reference)
+        assert len(expected) == 18 - 6 * done
+        found = [key for keys, _ in loader.epoch(epoch, 6, done) for key in keys.tolist()]
+        assert list(map(tuple, found)) == expected
+    assert data.epochs() == {3, 4, 5}
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+def test_loader_processes_go_on_into_the_next_epoch(roomy, tmp_path, monkeypatch):
+    if not roomy:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 24 * 4 - 1))
+    data, loader = asked(tmp_path / "asked", 1)
+    assert len(list(loader.epoch(0, 2))) == 9
+    end = time.monotonic() + (60 if roomy else 1)
+    while data.epochs() == {0} and time.monotonic() < end:
+        time.sleep(0.02)
+    assert data.epochs() == ({0, 1} if roomy else {0})
 
 
 def test_views_are_normalised_images(digits):

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from conftest import TINY, VIT, content_of, the_error
 
-from model_mae import mae_vit_tiny_patch4
-from model_vit import vit_tiny_patch4
+from model_mae import mae_vit_nano_patch4
+from model_vit import vit_nano_patch4
 from util.errors import UserError
 from util.run import checkpoint
 
@@ -38,8 +38,8 @@ class Payload:
 def states() -> dict:
     """What pretraining, and what fine-tuning would have written."""
     return {
-        "mae": {"model": mae_vit_tiny_patch4(img_size=8).state_dict(), "epoch": 0},
-        "vit": {"model": vit_tiny_patch4(img_size=8, num_classes=2).state_dict(), "epoch": 0},
+        "mae": {"model": mae_vit_nano_patch4(img_size=8).state_dict(), "epoch": 0},
+        "vit": {"model": vit_nano_patch4(img_size=8, num_classes=2).state_dict(), "epoch": 0},
     }
 
 
@@ -318,7 +318,7 @@ def test_a_folder_with_a_run_is_neither_overwritten_nor_mixed_up(forks, photos, 
         ("main_pretrain", *pretrain, "--resume", "auto", "--weight_simclr", 0): "--weight_simclr",
         ("main_pretrain", *pretrain, "--resume", "auto", "--seed", 7): "--seed is 0 there, 7 here",
         ("main_pretrain", *pretrain, "--resume", "auto", "--input_size", 12): "--input_size is 8",
-        (*probe, "--resume", "auto"): "--model is 'mae_vit_tiny_patch4' there",
+        (*probe, "--resume", "auto"): "--model is 'mae_vit_nano_patch4' there",
     }.items():
         status, err = run_in(forks, folder, *words)
         assert (status, expected in the_error(err)) == (1, True), err

@@ -129,7 +129,7 @@ def test_shrunk_jpegs_are_turned_upright_too(turn):
 
 
 def finetune_transform(size: tuple[int, int], *more: str):
-    flags = ["--data_path", "x", "--model", "vit_tiny_patch4", "--input_size", *map(str, size)]
+    flags = ["--data_path", "x", "--model", "vit_nano_patch4", "--input_size", *map(str, size)]
     return build_transform(True, finetune_parser().parse_args([*flags, *more]))
 
 

@@ -221,7 +221,7 @@ def test_checkpointed_activations_change_no_gradient():
     gradients, saved = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = model_mae.mae_vit_tiny_patch4(img_size=16, noise_loss=True)
+        model = model_mae.mae_vit_nano_patch4(img_size=16, noise_loss=True)
         model.grad_checkpointing = checkpointing
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(

@@ -37,17 +37,17 @@ def test_names_stay_where_mae_has_them(module, name):
 
 def test_a_training_loop_in_mae_s_manner(photos):
     """Its calls, in its order: data, model, layer-wise rates, schedule, steps."""
-    from model_vit import vit_tiny_patch4
+    from model_vit import vit_nano_patch4
     from util import lr_decay, lr_sched, misc
     from util.datasets import build_dataset
 
-    flags = ["--data_path", str(photos), "--input_size", "8", "--model", "vit_tiny_patch4"]
+    flags = ["--data_path", str(photos), "--input_size", "8", "--model", "vit_nano_patch4"]
     args = finetune_parser().parse_args([*flags, "--lr", "1e-3", "--epochs", "10"])
     assert (misc.get_rank(), misc.get_world_size(), misc.is_main_process()) == (0, 1, True)
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     train, val = build_dataset(is_train=True, args=args), build_dataset(is_train=False, args=args)
     assert (len(train), len(val)) == (48, 16)
-    model = vit_tiny_patch4(img_size=8, num_classes=2, global_pool=True, drop_path_rate=0.1)
+    model = vit_nano_patch4(img_size=8, num_classes=2, global_pool=True, drop_path_rate=0.1)
     groups = lr_decay.param_groups_lrd(
         model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.75
     )
@@ -75,11 +75,11 @@ def test_a_probe_s_crop_and_optimizer_in_mae_s_manner():
 
 
 def test_positions_of_a_checkpoint_in_mae_s_manner():
-    from model_vit import vit_tiny_patch4
+    from model_vit import vit_nano_patch4
     from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
 
     weights = {"pos_embed": torch.randn(1, 5, 192)}
-    interpolate_pos_embed(vit_tiny_patch4(img_size=16), weights)
+    interpolate_pos_embed(vit_nano_patch4(img_size=16), weights)
     assert weights["pos_embed"].shape == (1, 17, 192)
     assert get_2d_sincos_pos_embed(192, 4, cls_token=True).shape == (17, 192)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model_vit import vit_tiny_patch4
+from model_vit import vit_nano_patch4
 from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
 
 
@@ -20,7 +20,7 @@ def test_position_embedding_equals_the_reference():
 
 def test_positions_of_another_shape_with_as_many_patches_are_resized():
     """A column's values stay its own where rows are made: interpolation does not mix the two."""
-    model = vit_tiny_patch4(img_size=32)  # 8 x 8
+    model = vit_nano_patch4(img_size=32)  # 8 x 8
     columns = torch.arange(16.0).repeat(4)[:, None].expand(-1, 192)  # of 4 x 16, row by row
     weights = {"pos_embed": torch.cat([torch.full((1, 192), -5.0), columns])[None]}
     interpolate_pos_embed(model, weights, (4, 16))

@@ -52,7 +52,7 @@ def test_start_up_says_what_will_be_trained(photos_run, capsys):
     for words in (
         "objective: CAN = 0.679 reconstruction + 0.291 noise + 0.03 contrastive, "
         "mask ratio 0.5, noise up to 0.05, 2 of 4 patches kept",
-        "model: mae_vit_tiny_patch4, 6.3 M trained parameters",
+        "model: mae_vit_nano_patch4, 0.6 M trained parameters",
         "batch: 48 images = 16 x 3 accumulated x 1 processes, 1 steps per epoch, lr 0.000188",
         "contrast: 30 negatives per anchor",
         "warning: --accum_iter 3 adds up gradients, not negatives",

@@ -182,11 +182,16 @@ BOTH = pytest.mark.parametrize("suffix", [".zip", ".tar"])
 
 
 @BOTH
-def test_what_lies_beside_the_only_split_of_an_archive_is_told(suffix, tmp_path, caplog):
+def test_what_lies_beside_the_splits_of_an_archive_is_told(suffix, tmp_path, caplog):
     files = {f"{name}/{i}.png": picture(i) for name in CLASSES for i in range(3)}
     path = archive_of(tmp_path / f"a{suffix}", files)
     dataset = open_dataset(str(path), train=True)
     assert (len(dataset), dataset.left_out) == (3, {"images of no split": 6})
+    assert f"warning: {path}: train/ is used, not apple, bus" in caplog.text
+    path = archive_of(tmp_path / f"b{suffix}", {**files, "val/0.png": picture(0)})
+    assert len(open_dataset(str(path), train=False)) == 1
+    assert str(path) not in caplog.text
+    assert len(open_dataset(str(path), train=True)) == 3
     assert f"warning: {path}: train/ is used, not apple, bus" in caplog.text
 
 

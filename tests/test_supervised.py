@@ -22,7 +22,7 @@ from util.data.transforms import eval_transform_of
 from util.datasets import build_transform, open_labelled
 from util.run import checkpoint
 
-SMALL = ["--model", "vit_tiny_patch4", "--input_size", 8, "--num_workers", 0, "--device", "cpu"]
+SMALL = ["--model", "vit_nano_patch4", "--input_size", 8, "--num_workers", 0, "--device", "cpu"]
 MIXES = ["--mixup", 0.8, "--cutmix", 1.0]
 
 
@@ -32,7 +32,7 @@ def pretrained(tmp_path_factory):
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("pretrained") / "checkpoint-49.pth"
     checkpoint.save(
-        {"model": model_mae.mae_vit_tiny_patch4(img_size=8).state_dict(), "epoch": 49}, path
+        {"model": model_mae.mae_vit_nano_patch4(img_size=8).state_dict(), "epoch": 49}, path
     )
     return path
 
@@ -148,13 +148,13 @@ def test_best_checkpoint_evaluates_to_the_best_accuracy_logged(script, flags, tm
 
 def test_knn_in_pretraining_equals_that_of_its_checkpoint(photos, tmp_path, capsys):
     fp32 = ["--data_path", photos, "--precision", "fp32", *SMALL[2:], "--output_dir", tmp_path]
-    mae = ["--model", "mae_vit_tiny_patch4", "--batch_size", 16, "--epochs", 3, "--blr", 0.01]
+    mae = ["--model", "mae_vit_nano_patch4", "--batch_size", 16, "--epochs", 3, "--blr", 0.01]
     assert run_main(main_pretrain, *fp32, *mae, "--eval_freq", 2) == 0
     accuracies = [line.get("knn_acc1") for line in log_of(tmp_path)]
     assert accuracies[0] is None
     assert accuracies[1] is not None
     capsys.readouterr()
-    knn = ["--model", "vit_tiny_patch4", "--knn", "--finetune", tmp_path / "checkpoint-last.pth"]
+    knn = ["--model", "vit_nano_patch4", "--knn", "--finetune", tmp_path / "checkpoint-last.pth"]
     assert run_main(main_linprobe, *fp32, *knn) == 0
     assert f"kNN top-1 {accuracies[-1]:.2f} %" in capsys.readouterr().out
 
@@ -165,7 +165,7 @@ def test_knn_does_not_disturb_pretraining(photos, tmp_path):
         photos,
         *SMALL[2:],
         "--model",
-        "mae_vit_tiny_patch4",
+        "mae_vit_nano_patch4",
         "--batch_size",
         16,
     ]
@@ -187,7 +187,7 @@ def test_every_augmentation_and_regulariser_runs(flags, tmp_path):
 @pytest.mark.parametrize("policy", ["rand-m10-mstd0.5-inc1", "rand-m0", "augmix-m10", "v0"])
 def test_policies_work_at_the_ends_of_their_scales(policy):
     """timm asks for 0 bits of colour there, which Pillow refuses."""
-    flags = ["--data_path", "x", "--model", "vit_tiny_patch4", "--input_size", "8", "--aa", policy]
+    flags = ["--data_path", "x", "--model", "vit_nano_patch4", "--input_size", "8", "--aa", policy]
     transform = build_transform(True, main_finetune.get_args_parser().parse_args(flags))
     image = Image.fromarray(np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3))
     random.seed(0)
@@ -285,7 +285,7 @@ def test_unknown_augmentation_policies_are_refused(flags, capsys):
 
 
 def test_knn_in_pretraining_needs_labels(photos, tmp_path, capsys):
-    flags = ["--data_path", photos / "train/china", *SMALL[2:], "--model", "mae_vit_tiny_patch4"]
+    flags = ["--data_path", photos / "train/china", *SMALL[2:], "--model", "mae_vit_nano_patch4"]
     assert run_main(main_pretrain, *flags, "--eval_freq", 1, "--output_dir", tmp_path) == 1
     assert "no classes to tell apart" in the_error(capsys.readouterr().err)
 

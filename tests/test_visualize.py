@@ -9,8 +9,8 @@ from conftest import TINY, run_main, the_error
 from PIL import Image
 
 import main_pretrain
-from model_mae import mae_vit_tiny_patch4
-from model_vit import vit_tiny_patch4
+from model_mae import mae_vit_nano_patch4
+from model_vit import vit_nano_patch4
 from util import visualize
 from util.visualize import reconstruct, reconstruction_grid
 
@@ -26,7 +26,7 @@ def checkpoint(photos, tmp_path_factory):
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_visible_patches_are_the_true_ones_and_removed_ones_predicted(norm_pix_loss):
     torch.manual_seed(0)
-    model = mae_vit_tiny_patch4(img_size=16, norm_pix_loss=norm_pix_loss)
+    model = mae_vit_nano_patch4(img_size=16, norm_pix_loss=norm_pix_loss)
     imgs = torch.randn(2, 3, 16, 16) * 0.5 + 1
     seen, result = reconstruct(model, imgs, 0.5)
     removed = model.patchify(seen).eq(0).all(-1)
@@ -43,7 +43,7 @@ def test_visible_patches_are_the_true_ones_and_removed_ones_predicted(norm_pix_l
 
 
 def test_drawing_changes_neither_mode_nor_random_state():
-    model = mae_vit_tiny_patch4(img_size=16, noise_loss=True)
+    model = mae_vit_nano_patch4(img_size=16, noise_loss=True)
     model.train()
     before = torch.get_rng_state()
     first = reconstruction_grid(model, torch.zeros(2, 3, 16, 16), 0.5).tobytes()
@@ -79,7 +79,7 @@ def test_command_draws_mae_s_own_checkpoints(args, checkpoint, photos, tmp_path,
     [
         ({"fc.weight": torch.zeros(3)}, "holds no encoder"),
         ({"patch_embed.proj.weight": torch.zeros(9, 3, 4, 4)}, "an unknown size: width 9, depth 0"),
-        (vit_tiny_patch4(img_size=8).state_dict(), "it has no decoder_pred.weight"),
+        (vit_nano_patch4(img_size=8).state_dict(), "it has no decoder_pred.weight"),
     ],
 )
 def test_other_checkpoints_are_refused(content, message, photos, tmp_path, capsys):

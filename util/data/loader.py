@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import logging
 import math
 import multiprocessing.process
@@ -93,16 +94,16 @@ class DeviceLoader(DataLoader):
         self.device, self.finish = device, to_device if on_host or not finish else finish
         self.stream = copy_stream(device) if device.type == "cuda" else None
 
-    def _check_shared_memory(self) -> None:
-        """Raises UserError where loader processes would fill /dev/shm, through which batches go.
+    def _check_shared_memory(self) -> float:
+        """How many times what loader processes may put into /dev/shm, for batches, fits there.
 
-        Every rank calls it before any has started such processes.
+        Every rank calls it before any has started such processes. Raises UserError below 1.
         """
         free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else math.inf
         names = [name for _, name in hosts()]
         key = next(iter(self.sampler), None)
-        if key is None:  # nothing is left of the epoch
-            return
+        if key is None:  # there is no image
+            return math.inf
         waiting = self.batch_size * self.prefetch_factor * self.num_workers
         here = names.count(names[get_rank()])
         need = _size(self.collate_fn([self.dataset[key]])) * waiting * here
@@ -111,6 +112,7 @@ class DeviceLoader(DataLoader):
                 f"--num_workers {self.num_workers}: loader processes put up to {need / 1e6:.0f} MB "
                 f"of batches into shared memory; {_shared_memory()}"
             )
+        return free / need
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         if self.num_workers and self._iterator is None:
@@ -127,16 +129,18 @@ class DeviceLoader(DataLoader):
             self.replaced = [bool(name) for names, _ in bad for name in names]
             for names, reasons in bad:  # as `SeededDataset` has them
                 self._met |= {n: why for n, why in zip(names, reasons, strict=True) if n}
-            if self.stream is None:
-                yield self.finish(inputs, self.device), labels
-                continue
-            with torch.cuda.stream(self.stream):
-                inputs = self.finish(inputs, self.device)
-            compute = torch.cuda.current_stream(self.device)
-            compute.wait_stream(self.stream)
-            for tensor in inputs if isinstance(inputs, list | tuple) else [inputs]:
-                tensor.record_stream(compute)  # keeps its memory until the step is done
-            yield inputs, labels
+            yield self._on_device(inputs), labels
+
+    def _on_device(self, inputs: Any) -> Any:
+        if self.stream is None:
+            return self.finish(inputs, self.device)
+        with torch.cuda.stream(self.stream):
+            inputs = self.finish(inputs, self.device)
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_stream(self.stream)
+        for tensor in inputs if isinstance(inputs, list | tuple) else [inputs]:
+            tensor.record_stream(compute)  # keeps its memory until the step is done
+        return inputs
 
     def remember_bad(self, names: Iterable[str]) -> None:
         """Counts images that were unreadable before a resume."""
@@ -170,6 +174,36 @@ class DeviceLoader(DataLoader):
         return ", ".join(sorted(self.bad)[:3]) + ", ..."
 
 
+class TrainLoader(DeviceLoader):
+    """A loader of one epoch after another, in the order of an `EpochSampler`.
+
+    While an epoch ends, and is evaluated and saved, loader processes go on with the next: else its
+    beginning would wait for a whole batch, which makes a good part of an epoch of a few thousand
+    images. Not where /dev/shm might not hold these batches beside those of an evaluation.
+    """
+
+    _running: Iterator[tuple[Any, Tensor]]
+    _next: int | None = None  # the epoch that `_running` goes on with
+    _roomy = True
+
+    def epoch(self, epoch: int, epochs: int, steps_done: int = 0) -> Iterator[tuple[Any, Tensor]]:
+        """The batches of an epoch, of so many, without those of its first steps."""
+        if self._next != epoch or steps_done:
+            self.sampler.set_epoch(epoch, steps_done, epochs - 1 - epoch if self._roomy else 0)
+            self._running = iter(self)
+        self._next = None
+        batches = len(self) - steps_done * self.sampler.per_step // self.batch_size
+        yield from itertools.islice(self._running, batches)
+        if self.sampler.ahead:
+            self._next = epoch + 1
+
+    def _check_shared_memory(self) -> float:
+        times = super()._check_shared_memory()
+        if times < 2:
+            self._roomy, self.sampler.ahead = False, 0
+        return times
+
+
 @cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream of a GPU on which all loaders copy: each more would keep memory of its own."""
@@ -178,8 +212,8 @@ def copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 def train_loader(
     dataset: Dataset, args: argparse.Namespace, device: torch.device, **options: Any
-) -> DeviceLoader:
-    """Batches in the order of an `EpochSampler`; call its `sampler.set_epoch` before each epoch.
+) -> TrainLoader:
+    """Batches to train on.
 
     Args:
         args: also accum_iter, seed and shuffle_window.
@@ -194,7 +228,7 @@ def train_loader(
             window = 0
     per_step = args.batch_size * args.accum_iter
     sampler = EpochSampler(dataset, per_step, args.seed, groups, window)
-    return DeviceLoader(dataset, sampler, args, device, **options)
+    return TrainLoader(dataset, sampler, args, device, **options)
 
 
 def _are_sorted(groups: np.ndarray, labels: np.ndarray) -> bool:

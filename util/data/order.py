@@ -81,8 +81,9 @@ class EpochSampler(Sampler):
         window: shuffle the groups, and then images within so many of one group after another, so
             that files are read a few at a time; 0 shuffles all at once.
     Attributes:
-        steps_done: of the epoch, which are left out.
-        num_samples, total_size: of this process and of all, as in DistributedSampler.
+        epoch, steps_done: the epoch to draw, and its steps that are left out.
+        ahead: how many of the following epochs to go on with.
+        num_samples, total_size: of this process and of all in an epoch, as in DistributedSampler.
     Raises:
         UserError: the dataset does not fill one step.
     """
@@ -103,31 +104,36 @@ class EpochSampler(Sampler):
         if steps == 0:
             what = f"one step of {global_step} (batch_size x accum_iter x processes)"
             raise UserError(f"{self.length} images do not fill {what}: lower --batch_size")
-        self.per_step, self.epoch, self.steps_done = per_step, 0, 0
+        self.per_step, self.epoch, self.steps_done, self.ahead = per_step, 0, 0, 0
         self.num_samples = steps * per_step
         self.total_size = self.num_samples * self.num_replicas
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def set_epoch(self, epoch: int, steps_done: int = 0) -> None:
+    def set_epoch(self, epoch: int, steps_done: int = 0, ahead: int = 0) -> None:
         """Chooses the epoch to draw next, without its first steps if they are done already."""
-        self.epoch, self.steps_done = epoch, steps_done
+        self.epoch, self.steps_done, self.ahead = epoch, steps_done, ahead
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        place = self.rank + self.steps_done * self.per_step * self.num_replicas  # in the epoch
-        for start, images in self._windows(place):
+        done = self.steps_done
+        for epoch in range(self.epoch, self.epoch + 1 + self.ahead):
+            yield from ((epoch, index) for index in self._share(epoch, done))
+            done = 0
+
+    def _share(self, epoch: int, steps_done: int) -> Iterator[int]:
+        place = self.rank + steps_done * self.per_step * self.num_replicas  # in the epoch
+        for start, images in self._windows(epoch, place):
             end = min(start + len(images), self.total_size)
             for chunk in range(place, end, CHUNK * self.num_replicas):
                 last = min(end, chunk + CHUNK * self.num_replicas)
-                chosen = images[chunk - start : last - start : self.num_replicas]
-                yield from ((self.epoch, index) for index in chosen.tolist())
+                yield from images[chunk - start : last - start : self.num_replicas].tolist()
             place += len(range(place, end, self.num_replicas)) * self.num_replicas
 
-    def _windows(self, place: int) -> Iterator[tuple[int, np.ndarray]]:
-        """The epoch's order from a place on: where each window starts, and its shuffled images."""
+    def _windows(self, epoch: int, place: int) -> Iterator[tuple[int, np.ndarray]]:
+        """An epoch's order from a place on: where each window starts, and its shuffled images."""
         if not self.window:
-            draws = torch.Generator().manual_seed(self.seed + self.epoch)  # as DistributedSampler
+            draws = torch.Generator().manual_seed(self.seed + epoch)  # as DistributedSampler
             yield 0, torch.randperm(self.length, generator=draws).numpy()
             return
         groups = self.groups
@@ -135,7 +141,7 @@ class EpochSampler(Sampler):
             groups = np.full(-(-self.length // NEIGHBOURS), NEIGHBOURS)
             groups[-1] -= groups.sum() - self.length
         firsts = np.cumsum(groups) - groups
-        order = self._draws(0).permutation(len(groups))
+        order = self._draws(epoch, 0).permutation(len(groups))
         window = (np.cumsum(groups[order]) - groups[order]) // self.window  # of each group
         bounds = np.flatnonzero(np.diff(window, prepend=-1, append=-1))
         start = 0
@@ -146,11 +152,11 @@ class EpochSampler(Sampler):
                 images = np.concatenate(
                     [np.arange(firsts[g], firsts[g] + groups[g]) for g in members]
                 )
-                yield start, self._draws(1, number).permutation(images)
+                yield start, self._draws(epoch, 1, number).permutation(images)
             start += size
 
     def _draws(self, *key: int) -> np.random.Generator:
-        words = np.random.SeedSequence(self.seed, spawn_key=(1, self.epoch, *key))
+        words = np.random.SeedSequence(self.seed, spawn_key=(1, *key))
         return np.random.Generator(np.random.PCG64(words))
 
 

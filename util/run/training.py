@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from util.data.loader import DeviceLoader
+from util.data.loader import TrainLoader
 from util.distributed import get_rank
 from util.lr_sched import adjust_learning_rate
 from util.misc import MetricLogger, seed_all
@@ -69,7 +69,7 @@ class Training:
     def __init__(
         self,
         model: nn.Module,
-        loader: DeviceLoader,
+        loader: TrainLoader,
         optimizer: torch.optim.Optimizer,
         precision: Precision,
         args: argparse.Namespace,
@@ -108,8 +108,9 @@ class Training:
         """
         self._begin_epoch(epoch)
         accum_iter = self.args.accum_iter
-        watched = self._metrics.watch(self.loader)
-        for index, batch in enumerate(watched, start=self.run.step * accum_iter):
+        done = self.run.step
+        watched = self._metrics.watch(self.loader.epoch(epoch, self.args.epochs, done))
+        for index, batch in enumerate(watched, start=done * accum_iter):
             number, part = divmod(index, accum_iter)
             if part == 0:
                 self._begin_step(epoch, number)
@@ -144,7 +145,6 @@ class Training:
             self._metrics.begin()
         if done == self.steps:  # TensorBoard starts again with the last step: see `RunLog`
             self.log.add_window(self._metrics.last, (epoch + 1) * self.steps)
-        self.loader.sampler.set_epoch(epoch, done)
         self._first, self._since = done, time.perf_counter()
 
     def _begin_step(self, epoch: int, number: int) -> None:
