@@ -10,20 +10,19 @@ clock; medians over epochs.
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
 
 import torch
 from common import ROUNDS, describe_machine, table
 from loader import FILES, VIEW, Files, photo
 
-from util.data.loader import train_loader
+from util.data.loader import TrainLoader, train_loader
 from util.data.order import SeededDataset
 from util_contrastive import TwoCrops
 
 EPOCHS = 2 * ROUNDS + 1  # the first, which starts the processes, is not counted
 
 
-class Epochs(Files):
+class Photos(Files):
     """One photo, as often as an epoch has images."""
 
     def __init__(self, encoded: bytes, length: int):
@@ -34,12 +33,12 @@ class Epochs(Files):
         return self.length
 
 
-def per_epoch(batches: Callable[[int], Iterator], step: float) -> float:
+def per_epoch(loader: TrainLoader, step: float, goes_on: bool) -> float:
     """Median seconds of an epoch whose steps take so long."""
     seconds = []
     for epoch in range(EPOCHS):
         begin = time.perf_counter()
-        for _ in batches(epoch):
+        for _ in loader.epoch(epoch, EPOCHS if goes_on else epoch + 1):
             time.sleep(step)
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds[1:])
@@ -49,17 +48,19 @@ def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     print(describe_machine(torch.device("cpu")))
     vars(options).update(accum_iter=1, seed=0, pin_mem=False, output_dir="", shuffle_window=0)
-    encoded, step, rows = photo(*FILES[0]), 0.0, []
-    for steps in (64, *options.steps):
-        images = Epochs(encoded, steps * options.batch_size)
+    encoded = photo(*FILES[0])
+
+    def loader(steps: int) -> TrainLoader:
+        images = Photos(encoded, steps * options.batch_size)
         data = SeededDataset(images, TwoCrops(VIEW, defer=True), seed=0)
-        still, on = (train_loader(data, options, torch.device("cpu")) for _ in range(2))
-        if not step:  # of what the processes can give at most
-            step = per_epoch(lambda epoch: on.epoch(epoch, EPOCHS), 0.0) / steps
-            continue
-        stands = per_epoch(lambda epoch: still.epoch(epoch, epoch + 1), step)
-        goes = per_epoch(lambda epoch: on.epoch(epoch, EPOCHS), step)
-        rows.append([str(steps), f"{stands:.2f} s", f"{goes:.2f} s", f"{stands / goes:.2f}"])
+        return train_loader(data, options, torch.device("cpu"))
+
+    longest = max(options.steps)
+    step = per_epoch(loader(longest), 0.0, goes_on=True) / longest  # what the processes can give
+    rows = []
+    for steps in options.steps:
+        still, on = (per_epoch(loader(steps), step, goes_on) for goes_on in (False, True))
+        rows.append([str(steps), f"{still:.2f} s", f"{on:.2f} s", f"{still / on:.2f}"])
     table(["steps per epoch", "stand still", "go on", "ratio"], rows)
 
 

@@ -170,6 +170,19 @@ def test_a_dead_thread_of_a_gpu_s_loader_is_explained():
     assert "see its own message; `ulimit -n` allows" in line
 
 
+def test_memory_that_cannot_be_pinned_is_explained():
+    """As torch's loader says it in the main thread, of what the driver told its pinning one."""
+    text = (
+        "Caught AcceleratorError in pin memory thread for device 0.\n"
+        'Original Traceback (most recent call last):\n  File "pin_memory.py", line 39, in step\n'
+        "torch.AcceleratorError: CUDA error: out of memory\nCUDA kernel errors might be ...\n"
+    )
+    line = loader.explain(RuntimeError(text))
+    assert line == (
+        "memory for batches cannot be pinned (CUDA error: out of memory); --no_pin_mem does without"
+    )
+
+
 @starts
 @pytest.mark.parametrize("ignored", [False, True], ids=["closed terminal", "nohup"])
 def test_a_hangup_saves_and_stops_unless_it_is_ignored(ignored, command, tmp_path):

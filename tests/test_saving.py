@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from conftest import at_step, in_processes, run_main, state_of, the_error
+from fake_cuda import fake_cuda
 
 import main_finetune
 import main_pretrain
@@ -40,6 +41,23 @@ def test_a_copy_is_taken_once_and_reused():
     torch.testing.assert_close(second, state, rtol=0, atol=0)
     assert second["optimizer"]["param_groups"] == state["optimizer"]["param_groups"]
     assert (second["args"], second["epoch"]) == ({"betas": (0.9, 0.95)}, 3)
+
+
+def test_a_copy_is_taken_where_no_memory_can_be_pinned(monkeypatch):
+    """Whose pinning the driver refuses."""
+    asked = []
+
+    def empty_like(value, original=torch.empty_like, pin_memory=False, **options):
+        asked.append(pin_memory)
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return original(value, **options)
+
+    with fake_cuda():
+        monkeypatch.setattr(torch, "empty_like", empty_like)
+        copied = HostCopy().take({"weight": torch.ones(3, device="cuda")})
+    assert copied["weight"].device.type == "cpu"
+    assert asked == [True, False]
 
 
 def test_training_goes_on_while_a_file_is_written(flags, tmp_path, monkeypatch):

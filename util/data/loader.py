@@ -1,6 +1,7 @@
 """Batches on the training device, ready for the model; unreadable images are counted."""
 
 import argparse
+import atexit
 import contextlib
 import itertools
 import logging
@@ -13,6 +14,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
@@ -194,8 +196,10 @@ class TrainLoader(DeviceLoader):
         self._next = None
         batches = len(self) - steps_done * self.sampler.per_step // self.batch_size
         yield from itertools.islice(self._running, batches)
-        if self.sampler.ahead:
+        if self.sampler.ahead and epoch + 1 < epochs:
             self._next = epoch + 1
+        else:
+            self._running = iter(())
 
     def _check_shared_memory(self) -> float:
         times = super()._check_shared_memory()
@@ -249,10 +253,16 @@ def eval_loader(
 
 def end_loaders() -> None:
     """Kills the loader processes that are left, which may be waiting for a file forever."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report an accident
     for process in list(_processes):
         if process.is_alive():
             process.kill()
     _processes.clear()
+
+
+# Before multiprocessing's own, which would wait for processes that it asked to end by SIGTERM.
+atexit.register(end_loaders)
 
 
 def explain(error: Exception) -> str | None:
@@ -266,6 +276,10 @@ def explain(error: Exception) -> str | None:
         return f"a loader process is out of shared memory: {_shared_memory()}"
     if text.startswith("Pin memory thread exited"):
         return f"the thread that pins batches died, see its own message; {limit}"
+    if "in pin memory thread" in text:
+        found = re.search(r"^\S*Error: (.+)$", text, re.MULTILINE)
+        cause = f" ({found[1]})" if found else ""
+        return f"memory for batches cannot be pinned{cause}; --no_pin_mem does without"
     if re.match("DataLoader worker .*(exited|killed)", text):  # else a dataset's own error
         memory = "; is the machine's memory full?" if "signal: Killed" in text else ""
         return f"{text.partition('. ')[0]}{memory}; {_shared_memory()}; {limit}"

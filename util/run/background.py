@@ -1,5 +1,6 @@
 """Work that a thread does while training goes on: writing checkpoints."""
 
+import contextlib
 import copy
 import logging
 import threading
@@ -99,13 +100,21 @@ class HostCopy:
         return self.state
 
 
+def _buffer(value: Tensor) -> Tensor:
+    """Memory of the host for a tensor; pinned for a GPU's, where it can be had."""
+    if value.is_cuda:
+        with contextlib.suppress(RuntimeError):  # WSL, for one, pins no more than half
+            return torch.empty_like(value, device="cpu", pin_memory=True)
+    return torch.empty_like(value, device="cpu")
+
+
 def _copied(value: Any, before: Any, on_gpu: list[torch.device]) -> Any:
     if isinstance(value, Tensor):
         if value.is_cuda:
             on_gpu.append(value.device)
         alike = isinstance(before, Tensor) and before.shape == value.shape
         if not alike or before.dtype != value.dtype:
-            before = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            before = _buffer(value)
         return before.copy_(value.detach(), non_blocking=True)
     if isinstance(value, dict):
         old = before if isinstance(before, dict) else {}

@@ -88,7 +88,7 @@ def tear_down(before: Surroundings | None = None, agreed: bool = True) -> None:
         agreed: all ranks do so after the same step. Else nccl would wait for the others' part of
             what this one has begun, and the process must end without that.
     """
-    _end_loaders()
+    end_loaders()
     finish_background()
     stop_watching(agreed)
     if dist.is_initialized() and (agreed or get_world_size() == 1):
@@ -205,18 +205,12 @@ def _fail(message: str) -> None:
     _leave()
 
 
-def _end_loaders() -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report an accident
-    end_loaders()
-
-
 def _leave() -> None:
     """Ends this process with status 1."""
     if get_world_size() == 1:
         sys.exit(1)
     stop_watching(agreed=False)
-    _end_loaders()
+    end_loaders()
     finish_background()
     release_locks()
     # Destroying the group would wait for the others; those waiting for us notice that we are gone.
