@@ -11,7 +11,7 @@ COMMANDS = {
     "end_to_end.py --steps 2 --batch_size 2": "mae_vit_tiny_patch16",
     "flops.py": "large_patch16    71.7  41.3   123.1          1.72",
     "file_list.py --files 20000": "20,000",
-    "data_scale.py --files 2000 --samples 500000": "after a resume: the same",
+    "data_scale.py --files 2000 --samples 5000000": "after a resume: the same",
     "shards.py --images 200": "shards of 100",
     "knn.py --references 20000 --width 64 --queries 8": "8 queries of 20,000 x 64",
     "saving.py --millions 1 --saves 1": "a state of 0.0 GB into 3 files",
