@@ -267,10 +267,9 @@ def photos_run(photos, tmp_path) -> list:
 
 
 @pytest.fixture
-def flags(photos, tmp_path) -> list:
-    """Flags of the same run with a smaller model. Some files have their own fixture instead."""
-    model = ["--model", "mae_vit_nano_patch4", *TINY[2:], "--warmup_epochs", 1]
-    return ["--data_path", photos, *model, "--batch_size", 16, "--output_dir", tmp_path / "out"]
+def flags(photos_run) -> list:
+    """The same with a warmup for few epochs. Some files have their own fixture instead."""
+    return [*photos_run, "--warmup_epochs", 1]
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, log_of, run, run_main, state_of, the_error
+from conftest import ROOT, log_of, python, run, run_main, state_of, the_error
 from torch.utils.data import DataLoader
 
 import main_pretrain
-from util.data import loader
+from util.data import workers
 from util.run import logs
 
 
@@ -129,7 +129,7 @@ class Spoilt(torch.utils.data.Dataset):
 @pytest.mark.parametrize("how", ["killed", "unsent", "dataset"])
 def test_the_end_of_a_loader_process_is_explained_and_no_other_error(how):
     """A batch that cannot be sent, as on a full /dev/shm, must not be waited for."""
-    options = {"collate_fn": lambda rows: rows, "worker_init_fn": loader._begin_worker}
+    options = {"collate_fn": lambda rows: rows, "worker_init_fn": workers.begin_worker}
     begin = time.monotonic()
     with pytest.raises(RuntimeError) as error:
         list(DataLoader(Spoilt(how), batch_size=4, num_workers=1, **options))
@@ -139,7 +139,7 @@ def test_the_end_of_a_loader_process_is_explained_and_no_other_error(how):
         process.kill()
         process.join()
     signal.signal(signal.SIGCHLD, handler)
-    line = loader.explain(error.value)
+    line = workers.explain(error.value)
     if how == "dataset":
         assert line is None
         return
@@ -161,26 +161,49 @@ def test_the_end_of_a_loader_process_is_explained_and_no_other_error(how):
 def test_too_little_shared_memory_is_explained(words):
     """As torch 2.6 to 2.14 say it, behind a loader process's traceback."""
     text = f"Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: {words}\n"
-    assert "--ipc=host" in loader.explain(RuntimeError(text))
+    assert "--ipc=host" in workers.explain(RuntimeError(text))
 
 
 def test_a_dead_thread_of_a_gpu_s_loader_is_explained():
     """As of too many open files; this is all that the main thread is told."""
-    line = loader.explain(RuntimeError("Pin memory thread exited unexpectedly"))
+    line = workers.explain(RuntimeError("Pin memory thread exited unexpectedly"))
     assert "see its own message; `ulimit -n` allows" in line
 
 
-def test_memory_that_cannot_be_pinned_is_explained():
+@pytest.mark.parametrize("cause", ["out of memory", "device-side assert triggered"])
+def test_memory_that_cannot_be_pinned_is_explained(cause):
     """As torch's loader says it in the main thread, of what the driver told its pinning one."""
     text = (
         "Caught AcceleratorError in pin memory thread for device 0.\n"
         'Original Traceback (most recent call last):\n  File "pin_memory.py", line 39, in step\n'
-        "torch.AcceleratorError: CUDA error: out of memory\nCUDA kernel errors might be ...\n"
+        f"torch.AcceleratorError: CUDA error: {cause}\nCUDA kernel errors might be ...\n"
     )
-    line = loader.explain(RuntimeError(text))
-    assert line == (
-        "memory for batches cannot be pinned (CUDA error: out of memory); --no_pin_mem does without"
-    )
+    line = workers.explain(RuntimeError(text))
+    explained = "no more memory can be pinned for batches; --no_pin_mem does without"
+    assert line == (explained if "memory" in cause else None)
+
+
+LEFT = """
+import argparse, torch
+from util.data.loader import train_loader
+from util.data.order import SeededDataset
+from util.datasets import open_dataset
+from util_contrastive import TwoCrops
+
+data = SeededDataset(open_dataset("digits", True), TwoCrops(8), 0)
+names = dict(accum_iter=1, epochs=2, seed=0, pin_mem=False, output_dir="", shuffle_window=0)
+args = argparse.Namespace(batch_size=4, num_workers=1, **names)
+loader = train_loader(data, args, torch.device("cpu"))
+batches = loader.epoch(0)
+next(batches)
+print("left")
+"""
+
+
+def test_a_loader_that_is_left_does_not_keep_python_from_ending():
+    """Its processes ignore the signal by which multiprocessing would end them."""
+    done = python("-c", LEFT, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
 
 
 @starts

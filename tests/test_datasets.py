@@ -79,43 +79,48 @@ class Asked(Dataset):
 
 
 def asked(folder: Path, workers: int) -> tuple[Asked, TrainLoader]:
-    folder.mkdir(exist_ok=True)
+    """Six epochs of three steps of three batches of two."""
     args = SimpleNamespace(
-        batch_size=2, accum_iter=3, seed=5, num_workers=workers, pin_mem=False, output_dir="",
-        shuffle_window=0,
+        batch_size=2, accum_iter=3, epochs=6, seed=5, num_workers=workers, pin_mem=False,
+        output_dir="", shuffle_window=0,
     )  # fmt: skip
     data = Asked(folder)
     return data, train_loader(data, args, torch.device("cpu"))
 
 
+LITTLE = SimpleNamespace(free=5 * 2 * 2 * 24 - 1)  # 5 times two batches of two, of 24 bytes each
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("roomy", [True, False])
-def test_a_loader_gives_each_epoch_as_its_sampler_does(workers, roomy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("little", [False, True])
+def test_a_loader_gives_each_epoch_as_its_sampler_does(workers, little, tmp_path, monkeypatch):
     """From any step on, whether or not its processes go on into the next epoch."""
-    if not roomy:  # twice for two batches of two images of 24 bytes for each process
-        usage = SimpleNamespace(free=2 * 24 * 4 * max(1, workers) - 1)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    data, loader = asked(tmp_path / "asked", workers)
+    if little:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: LITTLE)
+    data, loader = asked(tmp_path, workers)
     reference = EpochSampler(data, 6, seed=5)
-    for epoch, done in ((3, 1), (4, 0), (5, 0), (5, 2), (5, 0)):
+    for epoch, done in ((1, 3), (2, 0), (3, 1), (4, 0), (5, 0), (5, 2), (3, 0), (5, 0)):
         reference.set_epoch(epoch, done)
         expected = list(reference)
         assert len(expected) == 18 - 6 * done
-        found = [key for keys, _ in loader.epoch(epoch, 6, done) for key in keys.tolist()]
+        found = [key for keys, _ in loader.epoch(epoch, done) for key in keys.tolist()]
         assert list(map(tuple, found)) == expected
-    assert data.epochs() == {3, 4, 5}
+    for _ in range(2):  # the second time after one that was left
+        next(loader.epoch(0))
+    assert data.epochs() == {0, 2, 3, 4, 5}
 
 
-@pytest.mark.parametrize("roomy", [True, False])
-def test_loader_processes_go_on_into_the_next_epoch(roomy, tmp_path, monkeypatch):
-    if not roomy:
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 24 * 4 - 1))
-    data, loader = asked(tmp_path / "asked", 1)
-    assert len(list(loader.epoch(0, 2))) == 9
-    end = time.monotonic() + (60 if roomy else 1)
-    while data.epochs() == {0} and time.monotonic() < end:
+@pytest.mark.parametrize("little", [False, True])
+def test_loader_processes_go_on_into_the_next_epoch(little, tmp_path, monkeypatch):
+    if little:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: LITTLE)
+    data, loader = asked(tmp_path, 1)
+    assert len(list(loader.epoch(4))) == 9
+    end = time.monotonic() + (2 if little else 60)
+    while data.epochs() == {4} and time.monotonic() < end:
         time.sleep(0.02)
-    assert data.epochs() == ({0, 1} if roomy else {0})
+    assert data.epochs() == ({4} if little else {4, 5})
+    assert len(list(loader.epoch(5))) == 9
 
 
 def test_views_are_normalised_images(digits):

@@ -78,10 +78,10 @@ def test_positions_of_a_checkpoint_in_mae_s_manner():
     from model_vit import vit_nano_patch4
     from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
 
-    weights = {"pos_embed": torch.randn(1, 5, 192)}
+    weights = {"pos_embed": torch.randn(1, 5, 96)}
     interpolate_pos_embed(vit_nano_patch4(img_size=16), weights)
-    assert weights["pos_embed"].shape == (1, 17, 192)
-    assert get_2d_sincos_pos_embed(192, 4, cls_token=True).shape == (17, 192)
+    assert weights["pos_embed"].shape == (1, 17, 96)
+    assert get_2d_sincos_pos_embed(96, 4, cls_token=True).shape == (17, 96)
 
 
 def test_contrast_in_the_release_s_manner():

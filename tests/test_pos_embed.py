@@ -21,14 +21,14 @@ def test_position_embedding_equals_the_reference():
 def test_positions_of_another_shape_with_as_many_patches_are_resized():
     """A column's values stay its own where rows are made: interpolation does not mix the two."""
     model = vit_nano_patch4(img_size=32)  # 8 x 8
-    columns = torch.arange(16.0).repeat(4)[:, None].expand(-1, 192)  # of 4 x 16, row by row
-    weights = {"pos_embed": torch.cat([torch.full((1, 192), -5.0), columns])[None]}
+    columns = torch.arange(16.0).repeat(4)[:, None].expand(-1, 96)  # of 4 x 16, row by row
+    weights = {"pos_embed": torch.cat([torch.full((1, 96), -5.0), columns])[None]}
     interpolate_pos_embed(model, weights, (4, 16))
     found = weights["pos_embed"][0]
     assert (found[0] == -5).all()
-    grid = found[1:].reshape(8, 8, 192)
+    grid = found[1:].reshape(8, 8, 96)
     torch.testing.assert_close(grid, grid[:1].expand(8, -1, -1))
-    inner = 2 * torch.arange(1.0, 7)[:, None].expand(-1, 192) + 0.5  # halfway between two columns
+    inner = 2 * torch.arange(1.0, 7)[:, None].expand(-1, 96) + 0.5  # halfway between two columns
     torch.testing.assert_close(grid[0, 1:7], inner)
 
 

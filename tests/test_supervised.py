@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import at_step, log_of, losses_of, python, run_main, state_of, the_error
+from conftest import VIT, at_step, log_of, losses_of, python, run_main, state_of, the_error
 from PIL import Image
 from torchvision.transforms import Compose
 
@@ -22,7 +22,6 @@ from util.data.transforms import eval_transform_of
 from util.datasets import build_transform, open_labelled
 from util.run import checkpoint
 
-SMALL = ["--model", "vit_nano_patch4", "--input_size", 8, "--num_workers", 0, "--device", "cpu"]
 MIXES = ["--mixup", 0.8, "--cutmix", 1.0]
 
 
@@ -40,7 +39,7 @@ def pretrained(tmp_path_factory):
 @pytest.fixture
 def flags(photos, pretrained, tmp_path):
     """48 images of two classes to train on, in three steps an epoch, and 16 to validate."""
-    data = ["--data_path", photos, *SMALL, "--batch_size", 16, "--warmup_epochs", 1]
+    data = ["--data_path", photos, *VIT, "--batch_size", 16, "--warmup_epochs", 1]
     return [*data, "--finetune", pretrained, "--output_dir", tmp_path / "out"]
 
 
@@ -147,7 +146,7 @@ def test_best_checkpoint_evaluates_to_the_best_accuracy_logged(script, flags, tm
 
 
 def test_knn_in_pretraining_equals_that_of_its_checkpoint(photos, tmp_path, capsys):
-    fp32 = ["--data_path", photos, "--precision", "fp32", *SMALL[2:], "--output_dir", tmp_path]
+    fp32 = ["--data_path", photos, "--precision", "fp32", *VIT[2:], "--output_dir", tmp_path]
     mae = ["--model", "mae_vit_nano_patch4", "--batch_size", 16, "--epochs", 3, "--blr", 0.01]
     assert run_main(main_pretrain, *fp32, *mae, "--eval_freq", 2) == 0
     accuracies = [line.get("knn_acc1") for line in log_of(tmp_path)]
@@ -160,15 +159,7 @@ def test_knn_in_pretraining_equals_that_of_its_checkpoint(photos, tmp_path, caps
 
 
 def test_knn_does_not_disturb_pretraining(photos, tmp_path):
-    flags = [
-        "--data_path",
-        photos,
-        *SMALL[2:],
-        "--model",
-        "mae_vit_nano_patch4",
-        "--batch_size",
-        16,
-    ]
+    flags = ["--data_path", photos, *VIT[2:], "--model", "mae_vit_nano_patch4", "--batch_size", 16]
     for name, extra in {"without": [], "with": ["--eval_freq", 1]}.items():
         folder = ["--output_dir", tmp_path / name]
         assert run_main(main_pretrain, *flags, "--epochs", 2, *folder, *extra) == 0
@@ -285,7 +276,7 @@ def test_unknown_augmentation_policies_are_refused(flags, capsys):
 
 
 def test_knn_in_pretraining_needs_labels(photos, tmp_path, capsys):
-    flags = ["--data_path", photos / "train/china", *SMALL[2:], "--model", "mae_vit_nano_patch4"]
+    flags = ["--data_path", photos / "train/china", *VIT[2:], "--model", "mae_vit_nano_patch4"]
     assert run_main(main_pretrain, *flags, "--eval_freq", 1, "--output_dir", tmp_path) == 1
     assert "no classes to tell apart" in the_error(capsys.readouterr().err)
 

@@ -83,6 +83,7 @@ def test_views_finished_in_batches_are_those_finished_one_by_one(photos, device)
     args = Namespace(
         batch_size=8,
         accum_iter=1,
+        epochs=2,
         seed=0,
         num_workers=0,
         pin_mem=True,

@@ -1,23 +1,11 @@
 """Batches on the training device, ready for the model; unreadable images are counted."""
 
 import argparse
-import atexit
 import contextlib
-import itertools
 import logging
-import math
-import multiprocessing.process
-import multiprocessing.queues
-import os
-import re
-import resource
-import shutil
-import signal
 import sys
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from util.data.order import EpochSampler, EvalSampler
 from util.data.source import labels_of
+from util.data.workers import begin_worker, free_shared_memory, shared_memory_words, workers_noted
 from util.distributed import from_rank_zero, get_rank, get_world_size, host_group, hosts
-from util.errors import STOP_SIGNALS, UserError
-from util.parents import end_with_parent
+from util.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +27,9 @@ SHARDS_SEEN = 20  # shards whose classes are looked at
 WINDOW = 20_000  # images of shards to shuffle at once, if not given
 MOST_BAD = 0.01  # of a dataset's images may be unreadable; one always may
 BAD_LIST = "bad-images.txt"
-SHARED_MEMORY = Path("/dev/shm")
+AMPLE = 5  # times what training's batches may take: an evaluation's, in float32, up to four times
 
 _warned_of: set[str] = set()  # files
-# Weakly: one that has ended keeps files open for as long as it is known.
-_processes: weakref.WeakSet[multiprocessing.process.BaseProcess] = weakref.WeakSet()
 
 
 class DeviceLoader(DataLoader):
@@ -86,7 +72,7 @@ class DeviceLoader(DataLoader):
             num_workers=workers,
             persistent_workers=workers > 0 and not once,
             pin_memory=args.pin_mem and device.type == "cuda",
-            worker_init_fn=_begin_worker,
+            worker_init_fn=begin_worker,
             collate_fn=partial(_finished_batch, finish, device) if on_host else None,
         )
         self.output_dir = args.output_dir
@@ -96,42 +82,42 @@ class DeviceLoader(DataLoader):
         self.device, self.finish = device, to_device if on_host or not finish else finish
         self.stream = copy_stream(device) if device.type == "cuda" else None
 
-    def _check_shared_memory(self) -> float:
-        """How many times what loader processes may put into /dev/shm, for batches, fits there.
+    @cached_property
+    def shared_memory(self) -> int:
+        """Bytes in /dev/shm that batches of all loaders like this on this machine may take.
 
-        Every rank calls it before any has started such processes. Raises UserError below 1.
+        Every rank asks at once.
         """
-        free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else math.inf
-        names = [name for _, name in hosts()]
         key = next(iter(self.sampler), None)
-        if key is None:  # there is no image
-            return math.inf
+        image = _size(self.collate_fn([self.dataset[key]])) if key is not None else 0
+        names = [name for _, name in hosts()]
         waiting = self.batch_size * self.prefetch_factor * self.num_workers
-        here = names.count(names[get_rank()])
-        need = _size(self.collate_fn([self.dataset[key]])) * waiting * here
-        if need > free:
-            raise UserError(
-                f"--num_workers {self.num_workers}: loader processes put up to {need / 1e6:.0f} MB "
-                f"of batches into shared memory; {_shared_memory()}"
-            )
-        return free / need
+        return image * waiting * names.count(names[get_rank()])
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        if self.num_workers and self._iterator is None:
-            self._check_shared_memory()
-        before = set(multiprocessing.active_children())
+        """Raises UserError where loader processes would fill /dev/shm, or cannot be started."""
+        starts = self.num_workers and self._iterator is None
+        if starts and self.shared_memory > free_shared_memory():
+            raise UserError(
+                f"--num_workers {self.num_workers}: loader processes put up to "
+                f"{self.shared_memory / 1e6:.0f} MB of batches into shared memory; "
+                f"{shared_memory_words()}"
+            )
         try:
-            batches = super().__iter__()
+            with workers_noted():
+                batches = super().__iter__()
         except OSError as error:  # too many open files, no memory for another process
             sys.unraisablehook = lambda _: None  # torch's loader, half made, complains at its end
             raise UserError(f"cannot start {self.num_workers} workers: {error.strerror}") from None
-        finally:
-            _processes.update(set(multiprocessing.active_children()) - before)
-        for inputs, labels, *bad in batches:
-            self.replaced = [bool(name) for names, _ in bad for name in names]
-            for names, reasons in bad:  # as `SeededDataset` has them
-                self._met |= {n: why for n, why in zip(names, reasons, strict=True) if n}
-            yield self._on_device(inputs), labels
+        return map(self._ready, batches)  # which keeps no batch, as a generator's frame would
+
+    def _ready(self, batch: list) -> tuple[Any, Tensor]:
+        """A batch of the dataset's with its inputs on the device; notes which were unreadable."""
+        inputs, labels, *bad = batch
+        self.replaced = [bool(name) for names, _ in bad for name in names]
+        for names, reasons in bad:  # as `SeededDataset` has them
+            self._met |= {n: why for n, why in zip(names, reasons, strict=True) if n}
+        return self._on_device(inputs), labels
 
     def _on_device(self, inputs: Any) -> Any:
         if self.stream is None:
@@ -179,33 +165,37 @@ class DeviceLoader(DataLoader):
 class TrainLoader(DeviceLoader):
     """A loader of one epoch after another, in the order of an `EpochSampler`.
 
-    While an epoch ends, and is evaluated and saved, loader processes go on with the next: else its
-    beginning would wait for a whole batch, which makes a good part of an epoch of a few thousand
-    images. Not where /dev/shm might not hold these batches beside those of an evaluation.
+    While an epoch ends, and is evaluated and saved, loader processes go on with the next one, which
+    would otherwise begin by waiting for a whole batch: a good part of an epoch of a few thousand
+    images. They do so only where /dev/shm has ample room for that.
+
+    Args:
+        epochs: the number of all.
+    Attributes:
+        _running, _next: batches that are under way, and the epoch that they go on with.
     """
 
-    _running: Iterator[tuple[Any, Tensor]]
-    _next: int | None = None  # the epoch that `_running` goes on with
-    _roomy = True
+    def __init__(self, *args: Any, epochs: int, **options: Any):
+        super().__init__(*args, **options)
+        self.epochs = epochs
+        self._running: Iterator[tuple[Any, Tensor]] | None = None
+        self._next: int | None = None
 
-    def epoch(self, epoch: int, epochs: int, steps_done: int = 0) -> Iterator[tuple[Any, Tensor]]:
-        """The batches of an epoch, of so many, without those of its first steps."""
-        if self._next != epoch or steps_done:
-            self.sampler.set_epoch(epoch, steps_done, epochs - 1 - epoch if self._roomy else 0)
-            self._running = iter(self)
-        self._next = None
+    def epoch(self, epoch: int, steps_done: int = 0) -> Iterator[tuple[Any, Tensor]]:
+        """The batches of an epoch, without those of its first steps."""
         batches = len(self) - steps_done * self.sampler.per_step // self.batch_size
-        yield from itertools.islice(self._running, batches)
-        if self.sampler.ahead and epoch + 1 < epochs:
-            self._next = epoch + 1
-        else:
-            self._running = iter(())
-
-    def _check_shared_memory(self) -> float:
-        times = super()._check_shared_memory()
-        if times < 2:
-            self._roomy, self.sampler.ahead = False, 0
-        return times
+        if not batches:
+            return
+        if self._next != epoch or steps_done:
+            self.sampler.set_epoch(epoch, steps_done)
+            if not self.num_workers or AMPLE * self.shared_memory <= free_shared_memory():
+                self.sampler.set_epoch(epoch, steps_done, ahead=self.epochs - 1 - epoch)
+            self._running = iter(self)
+        running, self._running, self._next = self._running, None, None
+        for _ in range(batches):
+            yield next(running)
+        if self.sampler.ahead and epoch + 1 < self.epochs:
+            self._running, self._next = running, epoch + 1
 
 
 @cache
@@ -220,7 +210,7 @@ def train_loader(
     """Batches to train on.
 
     Args:
-        args: also accum_iter, seed and shuffle_window.
+        args: also epochs, accum_iter, seed and shuffle_window.
         **options: passed on to `DeviceLoader`.
     """
     groups = getattr(getattr(dataset, "dataset", dataset), "groups", None)
@@ -232,7 +222,7 @@ def train_loader(
             window = 0
     per_step = args.batch_size * args.accum_iter
     sampler = EpochSampler(dataset, per_step, args.seed, groups, window)
-    return TrainLoader(dataset, sampler, args, device, **options)
+    return TrainLoader(dataset, sampler, args, device, epochs=args.epochs, **options)
 
 
 def _are_sorted(groups: np.ndarray, labels: np.ndarray) -> bool:
@@ -251,68 +241,11 @@ def eval_loader(
     return DeviceLoader(dataset, EvalSampler(dataset, share), args, device, **options)
 
 
-def end_loaders() -> None:
-    """Kills the loader processes that are left, which may be waiting for a file forever."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report an accident
-    for process in list(_processes):
-        if process.is_alive():
-            process.kill()
-    _processes.clear()
-
-
-# Before multiprocessing's own, which would wait for processes that it asked to end by SIGTERM.
-atexit.register(end_loaders)
-
-
-def explain(error: Exception) -> str | None:
-    """One line about loader processes that died or cannot be heard; None for other errors."""
-    text, (files, _) = str(error), resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = f"`ulimit -n` allows {files} open files"
-    if text.startswith("Too many open files"):
-        return f"too many open files for --num_workers and the rest of the run: {limit}"
-    full = "file </torch_" in text and "No space left" in text
-    if full or "out of shared memory" in text or "shared memory(shm)" in text:
-        return f"a loader process is out of shared memory: {_shared_memory()}"
-    if text.startswith("Pin memory thread exited"):
-        return f"the thread that pins batches died, see its own message; {limit}"
-    if "in pin memory thread" in text:
-        found = re.search(r"^\S*Error: (.+)$", text, re.MULTILINE)
-        cause = f" ({found[1]})" if found else ""
-        return f"memory for batches cannot be pinned{cause}; --no_pin_mem does without"
-    if re.match("DataLoader worker .*(exited|killed)", text):  # else a dataset's own error
-        memory = "; is the machine's memory full?" if "signal: Killed" in text else ""
-        return f"{text.partition('. ')[0]}{memory}; {_shared_memory()}; {limit}"
-    return None
-
-
-def _shared_memory() -> str:
-    """What to do about too little of it."""
-    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else 0
-    return (
-        f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free: lower --num_workers, or give Docker "
-        "--ipc=host or a larger --shm-size"
-    )
-
-
 def _size(batch: Any) -> int:
     """The bytes of all tensors in a batch."""
     if isinstance(batch, Tensor):
         return batch.nbytes
     return sum(map(_size, batch)) if isinstance(batch, list | tuple) else 0
-
-
-def _begin_worker(_worker: int) -> None:
-    """Loader processes ignore stop signals; they end with their parent, however it ends.
-
-    One that cannot send a batch ends, too: the parent would wait for the batch forever.
-    """
-    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    end_with_parent(signal.SIGKILL)
-    if not multiprocessing.parent_process().is_alive():
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def warn_of(bad: dict[str, str]) -> None:

@@ -83,7 +83,7 @@ class EpochSampler(Sampler):
     Attributes:
         epoch, steps_done: the epoch to draw, and its steps that are left out.
         ahead: how many of the following epochs to go on with.
-        num_samples, total_size: of this process and of all in an epoch, as in DistributedSampler.
+        num_samples, total_size: images of an epoch, of this process and of all processes.
     Raises:
         UserError: the dataset does not fill one step.
     """

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from util.data.loader import end_loaders, explain
+from util.data.workers import end_loaders, explain
 from util.distributed import get_rank, get_world_size
 from util.errors import STOP_SIGNALS, Stopped, UserError
 from util.network import RANK_ZERO_FIRST

@@ -109,7 +109,7 @@ class Training:
         self._begin_epoch(epoch)
         accum_iter = self.args.accum_iter
         done = self.run.step
-        watched = self._metrics.watch(self.loader.epoch(epoch, self.args.epochs, done))
+        watched = self._metrics.watch(self.loader.epoch(epoch, done))
         for index, batch in enumerate(watched, start=done * accum_iter):
             number, part = divmod(index, accum_iter)
             if part == 0:
