@@ -194,7 +194,7 @@ class TrainLoader(DeviceLoader):
         running, self._running, self._next = self._running, None, None
         for _ in range(batches):
             yield next(running)
-        if self.sampler.ahead and epoch + 1 < self.epochs:
+        if self.sampler.epoch + self.sampler.ahead > epoch:
             self._running, self._next = running, epoch + 1
 
 
