@@ -44,7 +44,7 @@ def loader_rate(args: argparse.Namespace, device: torch.device) -> float:
     transform = two_crops(args)
     data = SeededDataset(open_dataset(args.data_path, train=True), transform, args.seed)
     loader = train_loader(data, args, device, finish=transform.finish)
-    for epoch in range(2):  # the first starts the processes
+    for epoch in range(EPOCHS):  # the first starts the processes
         begin = time.perf_counter()
         images = sum(len(labels) for _, labels in loader.epoch(epoch))
         if device.type == "cuda":

@@ -9,6 +9,7 @@ where an epoch begins. By the clock; medians over epochs.
 
 import argparse
 import statistics
+import sys
 import time
 
 import torch
@@ -59,6 +60,8 @@ def main(options: argparse.Namespace) -> None:
         return train_loader(data, options, torch.device("cpu"))
 
     longest = max(options.steps)
+    if not loader(longest).has_ample_room():
+        sys.exit("/dev/shm is too small: loader processes would stand still")
     step = per_epoch(loader(longest), 0.0, goes_on=True) / longest  # what the processes can give
     rows = []
     for steps in options.steps:

@@ -193,6 +193,9 @@ def test_what_lies_beside_the_splits_of_an_archive_is_told(suffix, tmp_path, cap
     assert str(path) not in caplog.text
     assert len(open_dataset(str(path), train=True)) == 3
     assert f"warning: {path}: train/ is used, not apple, bus" in caplog.text
+    path = archive_of(tmp_path / f"c{suffix}", {n: picture(0) for n in ("bus/0.png", "val/0.png")})
+    assert len(open_dataset(str(path), train=False)) == 1
+    assert f"warning: {path}: val/ is used, not bus" in caplog.text
 
 
 @BOTH

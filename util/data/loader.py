@@ -27,7 +27,7 @@ SHARDS_SEEN = 20  # shards whose classes are looked at
 WINDOW = 20_000  # images of shards to shuffle at once, if not given
 MOST_BAD = 0.01  # of a dataset's images may be unreadable; one always may
 BAD_LIST = "bad-images.txt"
-AMPLE = 5  # times what training's batches may take: an evaluation's, in float32, up to four times
+AMPLE = 5  # times training's batches: an evaluation's are float32, and up to four times as large
 
 _warned_of: set[str] = set()  # files
 
@@ -83,33 +83,39 @@ class DeviceLoader(DataLoader):
         self.stream = copy_stream(device) if device.type == "cuda" else None
 
     @cached_property
-    def shared_memory(self) -> int:
-        """Bytes in /dev/shm that batches of all loaders like this on this machine may take.
+    def shared_memory(self) -> tuple[int, float]:
+        """Bytes of /dev/shm: those that batches may take, and those free before any process starts.
 
-        Every rank asks at once.
+        Of all loaders like this on this machine; a collective where it is read first.
         """
-        key = next(iter(self.sampler), None)
+        free, key = free_shared_memory(), next(iter(self.sampler), None)
         image = _size(self.collate_fn([self.dataset[key]])) if key is not None else 0
         names = [name for _, name in hosts()]
         waiting = self.batch_size * self.prefetch_factor * self.num_workers
-        return image * waiting * names.count(names[get_rank()])
+        return image * waiting * names.count(names[get_rank()]), free
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        """Raises UserError where loader processes would fill /dev/shm, or cannot be started."""
-        starts = self.num_workers and self._iterator is None
-        if starts and self.shared_memory > free_shared_memory():
-            raise UserError(
-                f"--num_workers {self.num_workers}: loader processes put up to "
-                f"{self.shared_memory / 1e6:.0f} MB of batches into shared memory; "
-                f"{shared_memory_words()}"
-            )
+        return map(self._ready, self._begin())  # which keeps no batch, as a generator's frame would
+
+    def _begin(self) -> Iterator[list]:
+        """A pass over the dataset's batches, by torch's own iterator.
+
+        Raises:
+            UserError: loader processes would fill /dev/shm, or cannot be started.
+        """
+        if self.num_workers and self._iterator is None:
+            need, free = self.shared_memory
+            if need > free:
+                raise UserError(
+                    f"--num_workers {self.num_workers}: loader processes put up to "
+                    f"{need / 1e6:.0f} MB of batches into shared memory; {shared_memory_words()}"
+                )
         try:
             with workers_noted():
-                batches = super().__iter__()
+                return super().__iter__()
         except OSError as error:  # too many open files, no memory for another process
             sys.unraisablehook = lambda _: None  # torch's loader, half made, complains at its end
             raise UserError(f"cannot start {self.num_workers} workers: {error.strerror}") from None
-        return map(self._ready, batches)  # which keeps no batch, as a generator's frame would
 
     def _ready(self, batch: list) -> tuple[Any, Tensor]:
         """A batch of the dataset's with its inputs on the device; notes which were unreadable."""
@@ -170,16 +176,21 @@ class TrainLoader(DeviceLoader):
     images. They do so only where /dev/shm has ample room for that.
 
     Args:
-        epochs: the number of all.
+        epochs: how many there are; processes go on no further.
     Attributes:
-        _running, _next: batches that are under way, and the epoch that they go on with.
+        _running, _next: a pass that is under way, and the epoch that it goes on with.
     """
 
     def __init__(self, *args: Any, epochs: int, **options: Any):
         super().__init__(*args, **options)
         self.epochs = epochs
-        self._running: Iterator[tuple[Any, Tensor]] | None = None
+        self._running: Iterator[list] | None = None
         self._next: int | None = None
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        """The epoch that the sampler stands at, alone."""
+        self._running, self._next, self.sampler.ahead = None, None, 0
+        return super().__iter__()
 
     def epoch(self, epoch: int, steps_done: int = 0) -> Iterator[tuple[Any, Tensor]]:
         """The batches of an epoch, without those of its first steps."""
@@ -187,15 +198,21 @@ class TrainLoader(DeviceLoader):
         if not batches:
             return
         if self._next != epoch or steps_done:
-            self.sampler.set_epoch(epoch, steps_done)
-            if not self.num_workers or AMPLE * self.shared_memory <= free_shared_memory():
-                self.sampler.set_epoch(epoch, steps_done, ahead=self.epochs - 1 - epoch)
-            self._running = iter(self)
+            ahead = max(0, self.epochs - 1 - epoch) if self.has_ample_room() else 0
+            self.sampler.set_epoch(epoch, steps_done, ahead)
+            self._running = self._begin()
         running, self._running, self._next = self._running, None, None
         for _ in range(batches):
-            yield next(running)
+            yield self._ready(next(running))
         if self.sampler.epoch + self.sampler.ahead > epoch:
             self._running, self._next = running, epoch + 1
+
+    def has_ample_room(self) -> bool:
+        """Whether there are processes, and /dev/shm holds their batches beside an evaluation's."""
+        if not self.num_workers:
+            return False
+        need, free = self.shared_memory
+        return AMPLE * need <= free
 
 
 @cache

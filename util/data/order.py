@@ -109,6 +109,7 @@ class EpochSampler(Sampler):
         self.total_size = self.num_samples * self.num_replicas
 
     def __len__(self) -> int:
+        """Of one epoch."""
         return self.num_samples
 
     def set_epoch(self, epoch: int, steps_done: int = 0, ahead: int = 0) -> None:

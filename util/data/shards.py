@@ -146,7 +146,8 @@ class Shards(Source):
             others = sorted(top for top in tops if top.lower() not in SPLIT_NAMES)
             unused = np.array([top_of(f) in others for f in folders] + [False])
             self._leave_out(unused[self.index["labels"]])
-            if train and any(others):
+            alone = not any(top.lower() in SPLITS[not train] for top in tops)
+            if any(others) and (train or alone):
                 self.guess = f"{wanted}/ is used, not {few(list(filter(None, others)))}"
             folders = [f.partition("/")[2] for f in folders]
         tops = [top_of(folder) for folder in folders]

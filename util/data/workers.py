@@ -42,8 +42,8 @@ def begin_worker(_worker: int) -> None:
 def workers_noted() -> Iterator[None]:
     """Whatever processes start in this block are those that `end_loaders` ends.
 
-    It does so at Python's end, too, before torch and multiprocessing wait for them: these would ask
-    by SIGTERM, which they ignore.
+    Python's end calls it before torch's and multiprocessing's own: they would send SIGTERM, which
+    loader processes ignore, and wait.
     """
     before = set(multiprocessing.active_children())
     try:
@@ -84,7 +84,7 @@ def explain(error: Exception) -> str | None:
 
 
 def free_shared_memory() -> float:
-    """Bytes; infinite where it is no folder."""
+    """Bytes of /dev/shm; infinite where there is none."""
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else math.inf
 
 

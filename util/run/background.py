@@ -92,7 +92,7 @@ class HostCopy:
         self.state: dict[str, Any] = {}
 
     def take(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Copies a state, and returns the copy; from a GPU into pinned memory, at full speed."""
+        """Copies a state, and returns the copy; from a GPU into pinned memory if it can be had."""
         on_gpu: list[torch.device] = []
         self.state = _copied(state, self.state, on_gpu)
         for device in set(on_gpu):
