@@ -237,6 +237,13 @@ def test_nan_later_says_what_there_is(flags, capsys):
     assert line.endswith("; checkpoint-last.pth is of epoch 1, step 0")
 
 
+def test_grey_images_bring_no_warning_of_torch_s(flags, tmp_path, forks):
+    status, _, err = forks.run(
+        "main_pretrain", *flags, "--in_chans", 1, "--epochs", 1, cwd=tmp_path
+    )
+    assert (status, err) == (0, "")
+
+
 def test_numbers_of_numpy_s_do_not_hinder_a_finetuning(flags, photos, tmp_path, forks):
     assert run_main(main_pretrain, *flags, "--epochs", 1) == 0
     state = state_of(tmp_path / "out")

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,9 @@ from util.run.logs import RunLog, console_line
 from util.run.run import Run
 
 logger = logging.getLogger(__name__)
+
+# DDP's, of the patch embedding of grey images: the stride of their one channel means nothing.
+warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 
 PRINT_FREQ = 20  # optimizer steps between console lines
 
