@@ -237,6 +237,16 @@ def test_nan_later_says_what_there_is(flags, capsys):
     assert line.endswith("; checkpoint-last.pth is of epoch 1, step 0")
 
 
+def test_more_loader_processes_than_processors_are_one_line(flags, tmp_path, forks):
+    """In torch's words they were two for each loader."""
+    workers = len(os.sched_getaffinity(0)) + 1
+    words = ["--num_workers", workers, "--eval_freq", 1, "--epochs", 1]
+    status, out, err = forks.run("main_pretrain", *flags, *words, cwd=tmp_path)
+    assert (status, err) == (0, "")
+    assert out.count("processors: fewer may be faster") == 1
+    assert f"warning: --num_workers {workers}, but {workers - 1} processors" in out
+
+
 def test_grey_images_bring_no_warning_of_torch_s(flags, tmp_path, forks):
     status, _, err = forks.run(
         "main_pretrain", *flags, "--in_chans", 1, "--epochs", 1, cwd=tmp_path

@@ -17,7 +17,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from util.data.order import EpochSampler, EvalSampler
 from util.data.source import labels_of
-from util.data.workers import begin_worker, free_shared_memory, shared_memory_words, workers_noted
+from util.data.workers import (
+    begin_worker,
+    compare_to_processors,
+    free_shared_memory,
+    shared_memory_words,
+    workers_noted,
+)
 from util.distributed import from_rank_zero, get_rank, get_world_size, host_group, hosts
 from util.errors import UserError
 
@@ -65,6 +71,7 @@ class DeviceLoader(DataLoader):
     ):
         workers = args.num_workers if num_workers is None else num_workers
         on_host = finish and device.type == "cpu"
+        compare_to_processors(workers)
         super().__init__(
             dataset,
             batch_size=args.batch_size,

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import logging
 import math
 import multiprocessing.process
 import multiprocessing.queues
@@ -11,8 +12,10 @@ import resource
 import shutil
 import signal
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from util.errors import STOP_SIGNALS
@@ -20,9 +23,22 @@ from util.parents import end_with_parent
 
 SHARED_MEMORY = Path("/dev/shm")
 
+logger = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", "This DataLoader will create")  # `compare_to_processors` does
+
 # Weakly: one that has ended keeps files open for as long as it is known.
 _processes: weakref.WeakSet[multiprocessing.process.BaseProcess] = weakref.WeakSet()
 os.register_at_fork(after_in_child=_processes.clear)  # they are the parent's
+
+
+@cache
+def compare_to_processors(workers: int) -> None:
+    """Warns, once, of more loader processes than this process has processors."""
+    processors = len(os.sched_getaffinity(0))
+    if workers > processors:
+        logger.warning(
+            f"warning: --num_workers {workers}, but {processors} processors: fewer may be faster"
+        )
 
 
 def begin_worker(_worker: int) -> None:
