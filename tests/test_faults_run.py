@@ -66,7 +66,7 @@ def _server():
 @pytest.fixture(scope="module")
 def flags(photos):
     """48 images in 6 steps an epoch on two ranks, three epochs; saves every 180 ms."""
-    flags = ["--data_path", photos, "--model", "mae_vit_nano_patch4", *TINY[2:], "--batch_size", 4]
+    flags = ["--data_path", photos, *TINY, "--batch_size", 4]
     flags += ["--epochs", 3, "--warmup_epochs", 1, "--save_interval", 3e-3, "--save_freq", 2]
     return [*flags, "--eval_freq", 3]
 
@@ -213,7 +213,7 @@ def test_a_loader_process_that_waits_for_ever_is_ended(tmp_path):
     """As one does that reads a file from a server that is gone."""
     for i in range(8):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    flags = ["--data_path", tmp_path, "--model", "mae_vit_nano_patch4", *TINY[2:], "--batch_size"]
+    flags = ["--data_path", tmp_path, *TINY, "--batch_size"]
     flags += [4, "--num_workers", 1, "--epochs", 1, "--output_dir", tmp_path / "out"]
     fleet = Fleet(flags, tmp_path / "run", 1, [(wait_for_ever, str(tmp_path / "waiting"))])
     end = time.monotonic() + GONE

@@ -30,7 +30,7 @@ def _server():
 @pytest.fixture(scope="module")
 def flags(photos):
     """48 images in 6 steps an epoch on two ranks, five epochs; saves every 180 ms."""
-    flags = ["--data_path", photos, "--model", "mae_vit_nano_patch4", *TINY[2:], "--batch_size", 4]
+    flags = ["--data_path", photos, *TINY, "--batch_size", 4]
     return [*flags, "--epochs", 5, "--save_interval", 3e-3, "--save_freq", 4, "--eval_freq", 4]
 
 

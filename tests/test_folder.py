@@ -10,7 +10,7 @@ import main_pretrain
 @pytest.fixture
 def flags(photos, tmp_path):
     """One short epoch."""
-    flags = ["--data_path", photos, "--model", "mae_vit_nano_patch4", *TINY[2:], "--batch_size", 48]
+    flags = ["--data_path", photos, *TINY, "--batch_size", 48]
     return [*flags, "--epochs", 1, "--output_dir", tmp_path / "out"]
 
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TINY, log_of, run_main, state_of, the_error
+from conftest import TINY, VIT, log_of, run_main, state_of, the_error
 from PIL import Image
 
 import main_linprobe
@@ -85,7 +85,7 @@ def test_pretraining_on_a_validation_folder_is_said(root, caplog):
 
 def test_held_out_images_are_told_as_what_they_are(root, capsys):
     (root / "train/bird/a.dcm").touch()
-    flags = ["--data_path", root, "--model", "vit_nano_patch4", *TINY[2:], "--output_dir", ""]
+    flags = ["--data_path", root, *VIT, "--output_dir", ""]
     flags += ["--val_fraction", 0.25, "--batch_size", 2, "--knn"]
     assert run_main(main_linprobe, *flags) == 0
     out = capsys.readouterr().out
@@ -224,6 +224,6 @@ def test_archives_are_no_images_and_are_named(tmp_path, capsys):
 
 
 def test_too_few_images_are_an_error(root, capsys):
-    flags = ["--data_path", root, "--model", "vit_nano_patch4", *TINY[2:], "--output_dir", ""]
+    flags = ["--data_path", root, *VIT, "--output_dir", ""]
     assert run_main(main_linprobe, *flags) == 1
     assert "12 images do not fill one step of 512" in the_error(capsys.readouterr().err)

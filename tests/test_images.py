@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from conftest import TINY, run_main, the_error
+from conftest import TINY, VIT, run_main, the_error
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
@@ -256,7 +256,7 @@ def test_too_many_bad_images_end_the_run(out, tmp_path, photo, capsys):
 @pytest.mark.parametrize("extra", [["--knn"], ["--cache_features"], []], ids=str)
 def test_too_many_bad_images_end_a_probe(extra, tmp_path, photo, capsys):
     root = folder_of(tmp_path, photo, 20, {5: b"", 13: b"x", 14: b"x"})
-    flags = ["--data_path", root, "--val_fraction", 0.5, "--model", "vit_nano_patch4", *TINY[2:]]
+    flags = ["--data_path", root, "--val_fraction", 0.5, *VIT]
     flags += ["--batch_size", 5, "--epochs", 1, "--output_dir", ""]
     assert run_main(main_linprobe, *flags, *extra) == 1
     assert "of 10 images are not readable" in the_error(capsys.readouterr().err)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, run_main, state_of, the_error
+from conftest import VIT, run_main, state_of, the_error
 
 import main_pretrain
 from util.errors import UserError
@@ -238,7 +238,7 @@ def test_readers_are_not_locked_out(flags, photos, tmp_path, forks):
     weights = out / "checkpoint-last.pth"
     lock.lock_folder(out)
     assert locked_elsewhere(out)
-    probe = ["--data_path", photos, "--model", "vit_nano_patch4", *TINY[2:], "--finetune", weights]
+    probe = ["--data_path", photos, *VIT, "--finetune", weights]
     for module, *words in (
         ("main_linprobe", *probe, "--epochs", 1, "--batch_size", 16, "--output_dir", ""),
         ("main_linprobe", *probe, "--knn", "--output_dir", out),

@@ -13,7 +13,7 @@ import main_pretrain
 from util.lr_sched import adjust_learning_rate
 from util.run import training
 
-DIGITS = ["--data_path", "digits", "--model", "mae_vit_nano_patch4", *TINY[2:]]
+DIGITS = ["--data_path", "digits", *TINY]
 MAE = ["--weight_simclr", 0, "--weight_mae", 1]
 
 
@@ -214,7 +214,7 @@ def test_two_processes_agree_and_see_everything(photos, tmp_path):
 def test_compiling_changes_neither_losses_nor_keys(photos_run, tmp_path, monkeypatch):
     # else a compiled model draws its masks and noise in another order
     monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
-    flags = [*photos_run, "--epochs", 1, "--precision", "fp32", "--model", "mae_vit_nano_patch4"]
+    flags = [*photos_run, "--epochs", 1, "--precision", "fp32"]
     plain = weights_after(tmp_path / "plain", *flags)
     compiled = weights_after(tmp_path / "compiled", *flags, "--compile")
     assert sorted(plain) == sorted(compiled)

@@ -28,7 +28,6 @@ from util.recipes import RECIPES, Parts
 from util.run import checkpoint
 
 PAPER = Parts.of(RECIPES["paper"] | {"projection_dim": 24})
-NANO = ["--model", "mae_vit_nano_patch4", "--projection_dim", 32]
 
 
 def parse(*flags: str):
@@ -261,7 +260,8 @@ def test_batchnorm_in_half_precision_computes_in_float32():
 
 
 def test_a_run_of_the_paper_s_recipe_from_start_to_probe(photos_run, tmp_path, capsys):
-    flags = [*photos_run, *NANO, "--recipe", "paper", "--epochs", 2, "--warmup_epochs", 1]
+    flags = [*photos_run, "--recipe", "paper", "--projection_dim", 32]
+    flags += ["--epochs", 2, "--warmup_epochs", 1]
     assert run_main(main_pretrain, *flags) == 0
     out = capsys.readouterr().out
     assert "recipe paper: norm_pix_loss on, noise_target normalised, weight_noise 0.3093, " in out
@@ -280,7 +280,7 @@ def test_a_run_of_the_paper_s_recipe_from_start_to_probe(photos_run, tmp_path, c
 
 
 def test_checkpoints_older_than_recipes_are_the_release_s(photos_run, tmp_path, capsys):
-    flags = [*photos_run, "--model", "mae_vit_nano_patch4", "--epochs", 1]
+    flags = [*photos_run, "--epochs", 1]
     assert run_main(main_pretrain, *flags) == 0
     state = state_of(tmp_path / "out")
     for name in ("recipe", *RECIPES["release"]):

@@ -12,7 +12,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import TINY, assert_same_run, losses_of, run_main, state_of, the_error
+from conftest import TINY, VIT, assert_same_run, losses_of, run_main, state_of, the_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_finetune
@@ -26,7 +26,7 @@ from util.run.lock import LOCK
 @pytest.fixture(scope="module")
 def first(photos, tmp_path_factory):
     """Flags without an output folder, and the folder of two epochs of them."""
-    flags = ["--data_path", photos, "--model", "mae_vit_nano_patch4", *TINY[2:]]
+    flags = ["--data_path", photos, *TINY]
     flags += ["--batch_size", 8, "--warmup_epochs", 0]
     folder = tmp_path_factory.mktemp("first")
     args = [*flags, "--epochs", 2, "--save_freq", 1, "--output_dir", folder]
@@ -202,7 +202,7 @@ def test_main_can_be_called_again_in_the_same_process(first, photos, tmp_path, m
 
     short = [*flags, "--epochs", 1, "--num_workers", 1]
     call(main_pretrain, *short, "--output_dir", tmp_path / "one")
-    vit = ["--data_path", photos, "--model", "vit_nano_patch4", *TINY[2:], "--batch_size", 16]
+    vit = ["--data_path", photos, *VIT, "--batch_size", 16]
     vit += ["--epochs", 1, "--warmup_epochs", 0, "--output_dir", ""]
     vit += ["--finetune", tmp_path / "one/checkpoint-last.pth"]
     call(main_linprobe, *vit)

@@ -62,7 +62,7 @@ def test_a_signal_within_an_epoch_loses_nothing(
     """Steps of 4 images, 12 an epoch; the signal comes in the second epoch's fifth step."""
     monkeypatch.setattr(training, "PRINT_FREQ", 3)
     flags = [*photos_run, "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 2, "--accum_iter", 2]
-    flags += ["--model", "mae_vit_nano_patch4", "--precision", precision]
+    flags += ["--precision", precision]
     assert run_main(main_pretrain, *flags) == 0
 
     again = [*flags, "--output_dir", tmp_path / "again", "--resume", "auto"]

@@ -18,7 +18,7 @@ import main_pretrain
 from model_mae import MaskedAutoencoderViT
 from util.precision import choose_attention
 
-FLAGS = [*TINY, "--model", "mae_vit_nano_patch4", "--batch_size", 4, "--accum_iter", 2]
+FLAGS = [*TINY, "--batch_size", 4, "--accum_iter", 2]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VIT, at_step, log_of, losses_of, python, run_main, state_of, the_error
+from conftest import TINY, VIT, at_step, log_of, losses_of, python, run_main, state_of, the_error
 from PIL import Image
 from torchvision.transforms import Compose
 
@@ -159,7 +159,7 @@ def test_knn_in_pretraining_equals_that_of_its_checkpoint(photos, tmp_path, caps
 
 
 def test_knn_does_not_disturb_pretraining(photos, tmp_path):
-    flags = ["--data_path", photos, *VIT[2:], "--model", "mae_vit_nano_patch4", "--batch_size", 16]
+    flags = ["--data_path", photos, *TINY, "--batch_size", 16]
     for name, extra in {"without": [], "with": ["--eval_freq", 1]}.items():
         folder = ["--output_dir", tmp_path / name]
         assert run_main(main_pretrain, *flags, "--epochs", 2, *folder, *extra) == 0
@@ -276,7 +276,7 @@ def test_unknown_augmentation_policies_are_refused(flags, capsys):
 
 
 def test_knn_in_pretraining_needs_labels(photos, tmp_path, capsys):
-    flags = ["--data_path", photos / "train/china", *VIT[2:], "--model", "mae_vit_nano_patch4"]
+    flags = ["--data_path", photos / "train/china", *TINY]
     assert run_main(main_pretrain, *flags, "--eval_freq", 1, "--output_dir", tmp_path) == 1
     assert "no classes to tell apart" in the_error(capsys.readouterr().err)
 

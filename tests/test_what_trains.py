@@ -44,7 +44,7 @@ def seen(photos, monkeypatch) -> Callable[..., list[Namespace]]:
         with monkeypatch.context() as patch:
             patch.setattr(MaskedAutoencoderViT, "forward", forward)
             patch.setattr(training, "get_rank", lambda: rank)
-            words = ["--data_path", photos, "--model", "mae_vit_nano_patch4", *TINY[2:]]
+            words = ["--data_path", photos, *TINY]
             assert run_main(main_pretrain, *words, "--input_size", 32, *RUN, *flags) == 0
         return found
 
@@ -130,7 +130,7 @@ def test_views_are_what_the_flags_say(monkeypatch):
 @pytest.mark.parametrize(
     ("script", "kind", "flags"),
     [
-        (main_pretrain, torch.optim.AdamW, ["--model", "mae_vit_nano_patch4", *TINY[2:], *RUN]),
+        (main_pretrain, torch.optim.AdamW, [*TINY, *RUN]),
         (main_finetune, torch.optim.AdamW, [*VIT, "--layer_decay", 0.5]),
         (main_linprobe, LARS, VIT),
     ],
