@@ -54,8 +54,8 @@ def claim_folder(args: argparse.Namespace) -> None:
 def _check_writable(folder: Path) -> None:
     there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), None)
     if there is not None and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        why = "no permission" if there.is_dir() else "is a file"
-        raise UserError(f"cannot write to the folder {folder}: {there}: {why}")
+        why = f"no permission for {there}" if there.is_dir() else f"{there} is not a folder"
+        raise UserError(f"cannot write to the folder {folder}: {why}")
 
 
 def open_folder(args: argparse.Namespace, epoch: int) -> None:
