@@ -26,6 +26,7 @@ from util.data.images import BadImage, NotPillows, has_pages, is_deep, open_imag
 from util.data.pixels import ALPHA
 from util.data.shards import CLASSES
 from util.data.source import EXTENSIONS, Source, classes_of, extension_of, name_of
+from util.data.workers import count_processors
 from util.datasets import open_dataset
 from util.errors import NoSplit, UserError
 from util.files import written_whole
@@ -56,7 +57,7 @@ def get_args_parser() -> Parser:
     add("--shard_images", type=POSITIVE, default=1000, help="images in a shard")
     add("--keep_order", action="store_true", help="do not shuffle the images")
     add("--seed", type=COUNT, default=0, help="of the shuffling")
-    add("--num_workers", type=POSITIVE, default=len(os.sched_getaffinity(0)), help="processes")
+    add("--num_workers", type=POSITIVE, default=count_processors(), help="processes")
     return parser
 # fmt: on
 

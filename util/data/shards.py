@@ -33,6 +33,7 @@ from util.data.source import (
     in_order,
     rebuilt,
 )
+from util.data.workers import count_processors
 from util.errors import NoSplit, UserError
 from util.files import read_utf8
 from util.parents import end_with_parent
@@ -308,7 +309,7 @@ def _make_index(paths: list[str], found: dict[str, np.ndarray]) -> Index:
     begin = time.monotonic()
     if len(paths) >= SLOW:
         logger.info(f"indexing {len(paths):,} archives, once")
-    processes = min(len(os.sched_getaffinity(0)), len(paths))
+    processes = min(count_processors(), len(paths))
     if processes > 1:
         fork = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(processes, fork, end_with_parent, (signal.SIGKILL,)) as pool:

@@ -31,10 +31,16 @@ _processes: weakref.WeakSet[multiprocessing.process.BaseProcess] = weakref.WeakS
 os.register_at_fork(after_in_child=_processes.clear)  # they are the parent's
 
 
+def count_processors() -> int:
+    """Those that this process may use; all, where the system does not say (macOS)."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 @cache
 def compare_to_processors(workers: int) -> None:
     """Warns, once, of more loader processes than this process has processors."""
-    processors = len(os.sched_getaffinity(0))
+    processors = count_processors()
     if workers > processors:
         logger.warning(
             f"warning: --num_workers {workers}, but {processors} processors: fewer may be faster"
