@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from forks import Forks
+from forks import Forks, free_port
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.multiprocessing import start_processes
@@ -47,6 +46,8 @@ torch.set_num_threads(1)  # the models here are too small to share out
 # The garbage of runs in this process holds process groups, whose threads a forked loader process
 # lacks: it would wait for them for ever if its collector came upon one.
 os.register_at_fork(after_in_child=gc.freeze)
+
+SCRIPTS = ["main_pretrain", "main_finetune", "main_linprobe"]
 
 # A model and a batch that take milliseconds; `--num_workers 0` saves the loader's processes.
 TINY = ["--model", "mae_vit_nano_patch4", "--input_size", "8", "--num_workers", "0"]
@@ -76,12 +77,6 @@ def objective(**flags) -> argparse.Namespace:
     args = pretrain_parser().parse_args(["--data_path", "x"])
     vars(args).update(flags)
     return args
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def run(*command: str, timeout: float = 400, **env: str) -> subprocess.CompletedProcess:
@@ -204,8 +199,11 @@ def _member(rank: int, function, count: int, port: int, *args) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _forkserver_imports_torch_once():
-    torch.multiprocessing.set_forkserver_preload(["torch", "timm.models.vision_transformer"])
+def _forkserver_imports_once():
+    """What each process would take seconds to import; ours are looked for where pytest began."""
+    modules = ["timm.models.vision_transformer", "torch.utils.tensorboard", "sklearn.datasets"]
+    ours = [*SCRIPTS, "util.shards"] if Path.cwd() == ROOT else []
+    torch.multiprocessing.set_forkserver_preload([*modules, "pytest", *ours])
 
 
 @pytest.fixture(scope="session")
@@ -272,15 +270,14 @@ def flags(photos_run) -> list:
     return [*photos_run, "--warmup_epochs", 1]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def forks():
     """Starts scripts, and the commands for checkpoints, within milliseconds."""
-    scripts = ["main_pretrain", "main_finetune", "main_linprobe"]
-    with Forks(*scripts, "util.export", "util.visualize") as server:
+    with Forks(*SCRIPTS, "util.export", "util.visualize") as server:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def light_forks():
     """The same for submitting, which does not need torch."""
     with Forks("submitit_pretrain", "submitit_finetune", "submitit_linprobe") as server:

@@ -2,6 +2,7 @@
 
 with Forks("main_pretrain", "util.export") as forks:
     status, out, err = forks.run("main_pretrain", "--epochs", "0", cwd=folder)
+    status, out, err = forks.run("main_pretrain", "--epochs", "0", cwd=folder, processes=2)
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -18,6 +20,12 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 class Forks:
@@ -45,6 +53,7 @@ class Forks:
         module: str,
         *flags: object,
         cwd: Path,
+        processes: int = 1,
         limit_s: int = 180,
         powerless: bool = False,
         **env: str,
@@ -52,12 +61,27 @@ class Forks:
         """A script's exit status (-N: killed by signal N), standard output and standard error.
 
         Args:
+            processes: more than one have RANK, LOCAL_RANK, WORLD_SIZE and a place to meet in their
+                environment. The status is the first that is not 0, the texts are all they say,
+                rank by rank. Unlike a launcher's, they share Python's seed of hashes, and nothing
+                ends the others when one fails.
             powerless: without root's right to read and write whatever it likes.
         """
         words = [str(flag) for flag in flags]
-        request = [module, words, str(cwd), limit_s, powerless, env]
+        request = [module, words, str(cwd), limit_s, powerless, _places(processes, env)]
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        return tuple(json.loads(self.process.stdout.readline()))
+        answer = self.process.stdout.readline()
+        assert answer, f"the server has ended: {self.process.wait()}"
+        return tuple(json.loads(answer))
+
+
+def _places(processes: int, env: dict[str, str]) -> list[dict[str, str]]:
+    """The environment of each process."""
+    if processes == 1:
+        return [env]
+    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), **env}
+    env["WORLD_SIZE"] = str(processes)
+    return [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def serve(modules: list[str]) -> None:
@@ -65,26 +89,39 @@ def serve(modules: list[str]) -> None:
         importlib.import_module(module)
     gc.freeze()  # what a child's collector does not touch need not be copied for it
     for line in sys.stdin:
-        module, flags, cwd, limit_s, powerless, env = json.loads(line)
-        files = [os.memfd_create(name) for name in ("out", "err")]
-        child = os.fork()
-        if child == 0:
-            signal.alarm(limit_s)
-            for number, file in enumerate(files, start=1):
-                os.dup2(file, number)
-            os.chdir(cwd)
-            os.environ.update(env)
-            if powerless:
-                _drop_capabilities()
-            sys.argv = [f"{module.rpartition('.')[2]}.py", *flags]
-            _run_and_exit(module)
-        _, status = os.waitpid(child, 0)
-        texts = []
-        for file in files:
-            with open(file, errors="replace") as stream:
-                stream.seek(0)
-                texts.append(stream.read())
-        print(json.dumps([os.waitstatus_to_exitcode(status), *texts]), flush=True)
+        module, flags, cwd, limit_s, powerless, places = json.loads(line)
+        started = [_start(module, flags, cwd, limit_s, powerless, env) for env in places]
+        pids, files_of = zip(*started, strict=True)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        status = next(filter(None, statuses), 0)
+        outs, errs = ("".join(map(_text, files)) for files in zip(*files_of, strict=True))
+        print(json.dumps([status, outs, errs]), flush=True)
+
+
+def _start(
+    module: str, flags: list[str], cwd: str, limit_s: int, powerless: bool, env: dict[str, str]
+) -> tuple[int, list[int]]:
+    """Forks; returns the child's pid, and the files of its standard output and error."""
+    files = [os.memfd_create(name) for name in ("out", "err")]
+    child = os.fork()
+    if child == 0:
+        signal.alarm(limit_s)
+        for number, file in enumerate(files, start=1):
+            os.dup2(file, number)
+        os.chdir(cwd)
+        os.environ.update(env)
+        if powerless:
+            _drop_capabilities()
+        sys.argv = [f"{module.rpartition('.')[2]}.py", *flags]
+        _run_and_exit(module)
+    return child, files
+
+
+def _text(file: int) -> str:
+    """Reads a file from its beginning, and closes it."""
+    with open(file, errors="replace") as stream:
+        stream.seek(0)
+        return stream.read()
 
 
 def _run_and_exit(module: str) -> None:

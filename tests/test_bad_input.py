@@ -145,16 +145,16 @@ def test_every_rank_ends_and_one_speaks(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_port_in_use(tmp_path):
+def test_port_in_use(forks, tmp_path):
     with socket.socket() as taken:
         taken.bind(("localhost", free_port()))
         taken.listen()
         url = f"tcp://localhost:{taken.getsockname()[1]}"
         flags = ["--data_path", "digits", *TINY, "--output_dir", tmp_path / "out"]
         flags += ["--dist_url", url, "--world_size", 2, "--local_rank", 0]
-        result = python("main_pretrain.py", *flags)
-    assert result.returncode == 1
-    line = the_error(result.stderr)
+        status, _, said = forks.run("main_pretrain", *flags, cwd=tmp_path)
+    assert status == 1
+    line = the_error(said)
     assert f"--dist_url {url}: the processes cannot meet" in line
     assert "in use" in line
     assert not (tmp_path / "out").exists()

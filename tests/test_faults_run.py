@@ -56,9 +56,7 @@ counts = Counter()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _server():
-    modules = ["main_pretrain", "torch.utils.tensorboard", "sklearn.datasets", "fleet"]
-    server.set_forkserver_preload(modules)
+def _show_counts():
     yield
     print("\n" + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
 

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 from conftest import ROOT, TINY, free_port, losses_of
-from fleet import Fault, Fleet, at, environment_of, fill_shm, server, small_shm, wait_until_gone
+from fleet import Fault, Fleet, at, environment_of, fill_shm, small_shm, wait_until_gone
 from test_faults_run import assert_same_files
 
 from util.run.lock import LOCK
@@ -19,12 +19,6 @@ pytestmark = pytest.mark.faults
 RACES = 20
 LAUNCHER_KILLS = 5  # of each launcher, at random moments (seeded)
 LAUNCHERS = ("run", "launch")  # in torch.distributed
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _server():
-    modules = ["main_pretrain", "torch.utils.tensorboard", "sklearn.datasets", "fleet"]
-    server.set_forkserver_preload(modules)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import log_of, python, run_main, state_of, the_error
+from conftest import log_of, run_main, state_of, the_error
 from PIL import Image
 
 import main_finetune
@@ -90,20 +90,20 @@ def test_a_folder_without_labels_is_classified(data, trained, tmp_path):
 
 
 @pytest.mark.parametrize("share", [["--dist_eval"], []])
-def test_two_processes_write_what_one_does(share, data, trained, tmp_path):
+def test_two_processes_write_what_one_does(share, data, trained, forks, tmp_path):
     files = ["--predictions", tmp_path / "one.csv", "--per_class", tmp_path / "d.csv"]
     assert weigh(data, trained, *files) == 0
     words = ["--data_path", data, *TINY_VIT, "--eval", *share, "--output_dir", ""]
     words += ["--resume", trained / "checkpoint-last.pth", "--predictions", tmp_path / "two.csv"]
     words += ["--per_class", tmp_path / "c.csv"]
-    done = python("main_linprobe.py", *map(str, words), processes=2)
-    assert done.returncode == 0, done.stderr
+    status, _, said = forks.run("main_linprobe", *words, cwd=tmp_path, processes=2)
+    assert status == 0, said
     one, two = table(tmp_path / "one.csv"), table(tmp_path / "two.csv")
     assert [list(row.values())[:3] for row in one] == [list(row.values())[:3] for row in two]
     assert table(tmp_path / "c.csv") == table(tmp_path / "d.csv")
 
 
-def test_classes_go_by_their_names(data, trained, tmp_path, capsys):
+def test_classes_go_by_their_names(data, trained, forks, tmp_path, capsys):
     """Only val/ is there; classes that sort otherwise, or are others, are not taken on trust."""
     assert state_of(trained)["classes"] == ["a", "b", "c"]
     shutil.copytree(data / "val", tmp_path / "data/val")
@@ -122,8 +122,10 @@ def test_classes_go_by_their_names(data, trained, tmp_path, capsys):
     assert capsys.readouterr().out.strip().splitlines()[-1].endswith(expected)
     words = ["--data_path", data, *TINY_VIT, "--batch_size", 5, "--output_dir", "", "--eval"]
     words += ["--resume", tmp_path / "turned/checkpoint-last.pth"]
-    done = python("main_linprobe.py", *words, processes=2)  # of which one has opened the data
-    assert done.stdout.strip().splitlines()[-1].endswith(expected), done.stderr
+    # of two processes, only one has opened the data
+    status, out, err = forks.run("main_linprobe", *words, cwd=tmp_path, processes=2)
+    assert status == 0, err
+    assert out.strip().splitlines()[-1].endswith(expected), out
     (tmp_path / "data/val/b").rename(tmp_path / "data/val/bee")
     assert weigh(tmp_path / "data", trained) == 1
     assert "2 classes are in one only: b (" in (line := the_error(capsys.readouterr().err))

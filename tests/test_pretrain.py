@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch._inductor.config
-from conftest import TINY, log_of, losses_of, python, run_main
+from conftest import TINY, log_of, losses_of, run_main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
@@ -198,15 +198,16 @@ def test_no_weight_decay_on_biases_norms_and_tokens(photos_run, monkeypatch):
             assert group["weight_decay"] == (0.05 if parameter.ndim > 1 and not token else 0.0)
 
 
-def test_two_processes_agree_and_see_everything(photos, tmp_path):
-    """torchrun: same weights as one process for the MAE objective is the DDP test's business;
-    here the run ends, counts negatives of both ranks, and logs whole-fleet numbers once."""
+def test_two_processes_agree_and_see_everything(photos, forks, tmp_path):
+    """The run ends, counts negatives of both ranks, and logs numbers of the whole fleet once; that
+    its weights are those of one process is the DDP test's business."""
     flags = ["--data_path", photos, *TINY, "--batch_size", 8, "--epochs", 2]
-    result = python("main_pretrain.py", *flags, "--output_dir", tmp_path, processes=2)
-    assert result.returncode == 0, result.stderr
-    assert "contrast: 30 negatives per anchor" in result.stdout
-    assert "batch: 16 images = 8 x 1 accumulated x 2 processes, 3 steps per epoch" in result.stdout
-    assert result.stdout.count("epoch 1 [3/3]") == 1
+    flags += ["--output_dir", tmp_path]
+    status, out, err = forks.run("main_pretrain", *flags, cwd=tmp_path, processes=2)
+    assert status == 0, err
+    assert "contrast: 30 negatives per anchor" in out
+    assert "batch: 16 images = 8 x 1 accumulated x 2 processes, 3 steps per epoch" in out
+    assert out.count("epoch 1 [3/3]") == 1
     assert len(log_of(tmp_path)) == 2
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, VIT, at_step, log_of, losses_of, python, run_main, state_of, the_error
+from conftest import TINY, VIT, at_step, log_of, losses_of, run_main, state_of, the_error
 from PIL import Image
 from torchvision.transforms import Compose
 
@@ -201,14 +201,15 @@ def test_clipping_bounds_the_step(flags, tmp_path, monkeypatch):
     assert max(norms[3:]) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_two_processes_probe_and_share_the_evaluation(flags, tmp_path, capsys):
+def test_two_processes_probe_and_share_the_evaluation(flags, forks, tmp_path, capsys):
     """15 validation images for two processes: the summary is that of one."""
     data = tmp_path / "data"
     shutil.copytree(flags[1], data)
     next((data / "val").rglob("*.jpg")).unlink()
     flags[1] = data
-    result = python("main_linprobe.py", *flags, "--epochs", 1, "--dist_eval", processes=2)
-    assert result.returncode == 0, result.stderr
+    words = [*flags, "--epochs", 1, "--dist_eval"]
+    status, _, said = forks.run("main_linprobe", *words, cwd=tmp_path, processes=2)
+    assert status == 0, said
     (line,) = log_of(tmp_path / "out")
     assert run_main(
         main_linprobe, *flags, "--eval", "--resume", tmp_path / "out/checkpoint-last.pth"
