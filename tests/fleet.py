@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from conftest import free_port
+from forks import free_port, places
 
 from util.run import checkpoint
 
@@ -230,11 +230,9 @@ class Fleet:
     ):
         folder.mkdir(exist_ok=True)
         self.stderr = [folder / f"rank{rank}.2" for rank in range(ranks - missing)]
-        port = env.get("MASTER_PORT") or str(free_port())
+        port = env.get("MASTER_PORT") or free_port()
         self.members = []
-        for rank in range(ranks - missing):
-            place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-            place |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank, place in enumerate(places(ranks, port)[: ranks - missing]):
             words = [str(flag) for flag in flags]
             if bare:
                 words += ["--dist_url", f"tcp://localhost:{port}"]

@@ -28,6 +28,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def places(count: int, port: int | str) -> list[dict[str, str]]:
+    """What a launcher says in the environment of each of `count` processes of this machine."""
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
 class Forks:
     """A process that forks for each run; a context manager."""
 
@@ -68,20 +74,13 @@ class Forks:
             powerless: without root's right to read and write whatever it likes.
         """
         words = [str(flag) for flag in flags]
-        request = [module, words, str(cwd), limit_s, powerless, _places(processes, env)]
+        alone = processes == 1
+        envs = [env] if alone else [place | env for place in places(processes, free_port())]
+        request = [module, words, str(cwd), limit_s, powerless, envs]
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         assert answer, f"the server has ended: {self.process.wait()}"
         return tuple(json.loads(answer))
-
-
-def _places(processes: int, env: dict[str, str]) -> list[dict[str, str]]:
-    """The environment of each process."""
-    if processes == 1:
-        return [env]
-    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), **env}
-    env["WORLD_SIZE"] = str(processes)
-    return [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def serve(modules: list[str]) -> None:
@@ -89,8 +88,8 @@ def serve(modules: list[str]) -> None:
         importlib.import_module(module)
     gc.freeze()  # what a child's collector does not touch need not be copied for it
     for line in sys.stdin:
-        module, flags, cwd, limit_s, powerless, places = json.loads(line)
-        started = [_start(module, flags, cwd, limit_s, powerless, env) for env in places]
+        module, flags, cwd, limit_s, powerless, envs = json.loads(line)
+        started = [_start(module, flags, cwd, limit_s, powerless, env) for env in envs]
         pids, files_of = zip(*started, strict=True)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         status = next(filter(None, statuses), 0)
