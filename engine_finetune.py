@@ -41,7 +41,7 @@ from util.run.interrupt import Poll, polled
 from util.run.logs import describe_run, log_to_console
 from util.run.run import Run
 from util.run.training import Training
-from util.weights import fit_input, load_encoder, load_model
+from util.weights import fit_input, load_encoder, load_model, warn_of_pooling
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ def set_up(args: argparse.Namespace, build: Callable[[argparse.Namespace, int], 
         load_model(model, state["model"], source)
     elif state:
         load_encoder(model, state["model"], source, state.get("args"))
+        warn_of_pooling(args, state.get("args", {}), source)
     elif not run.resumed:
         logger.info("encoder: random, since --finetune names no weights")
     return Task(run, train, val, val_loader, model.to(device), precision)
@@ -313,8 +314,7 @@ def fit_grid(task: Task) -> None:
     """`--blr auto`: trains a grid of probes, chooses one by held-out images, and evaluates that."""
     run, args, precision = task.run, task.run.args, task.precision
     classes, device = len(run.classes), precision.device
-    if run.resumed:  # of which features are made now
-        state = run.resumed
+    if state := run.resumed:  # of which features are made now
         load_encoder(task.model, state["model"], run.source, state.get("args"), tell=False)
     encoder = both_pools(task.model)
     train, val = (encode(encoder, part, args, precision) for part in (task.train, task.val))

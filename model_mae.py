@@ -190,9 +190,10 @@ class MaskedAutoencoderViT(nn.Module):
         return self.norm(x), mask, ids_restore
 
     def features(self, imgs: Tensor) -> Tensor:
-        """The cls token [N, D] of whole images [N, C, H, W], as the linear probe takes it."""
+        """[N, D] of whole images [N, C, H, W]: cls, or the patches' mean if that is contrasted."""
         latent, _, _ = self.forward_encoder(imgs, mask_ratio=0.0)
-        return latent[:, 0]
+        no_cls = self.contrastive and self.parts.pool == "patches"
+        return latent[:, 1:].mean(dim=1) if no_cls else latent[:, 0]
 
     def forward_projection(self, latent: Tensor) -> Tensor:
         """Unit-length contrastive embeddings [N, 128], float32, of latent tokens [N, 1 + K, D]."""

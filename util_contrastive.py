@@ -18,12 +18,13 @@ from util.data.images import NotPillows, upright_size
 from util.data.loader import to_device
 from util.data.pixels import RGB, Pixels
 from util.data.transforms import Turn, crop_ratio
+from util.recipes import RECIPES
 from util.sizes import Side, height_width
 
 # The recipe: strengths are SimCLR's, as in the public CAN release.
-CROP_SCALE = (0.2, 1.0)  # share of the image's area
+CROP_SCALE = tuple(RECIPES["release"]["crop_scale"])  # share of the image's area
 FLIP_P, JITTER_P, GREY_P, BLUR_PROB = 0.5, 0.8, 0.2, 0.5
-JITTER_STRENGTH = 0.5
+JITTER_STRENGTH = RECIPES["release"]["jitter_strength"]
 JITTER = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue, at strength 1
 BLUR_SIGMA = (0.1, 2.0)  # pixels
 

@@ -23,6 +23,7 @@ from util.data.survey import PIXEL_FLAGS
 from util.encoders import timm_arguments
 from util.errors import UserError
 from util.layouts import to_hugging_face
+from util.recipes import contrasts_patches
 from util.run.checkpoint import FLAGS, load_published
 from util.run.launch import launch
 from util.sizes import SIZES, image_size, size_of
@@ -133,7 +134,9 @@ def write_timm(path: Path, out: str, state: dict[str, Any], source: str) -> str:
 
 
 def described(model: nn.Module) -> str:
-    return f"a classifier of {model.num_classes} classes" if model.num_classes else "an encoder"
+    if model.num_classes:
+        return f"a classifier of {model.num_classes} classes"
+    return "an encoder, of the mean over patches" if model.global_pool == "avg" else "an encoder"
 
 
 def timm_model(state: dict[str, Any], source: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -146,6 +149,8 @@ def timm_model(state: dict[str, Any], source: str) -> tuple[nn.Module, dict[str,
         arguments["num_classes"] = len(head["head.bias"])
         if flags.get("global_pool") and "fc_norm.weight" not in weights:  # a probe's
             arguments |= {"global_pool": "avg", "fc_norm": False}
+    elif contrasts_patches(flags):
+        arguments |= {"global_pool": "avg", "fc_norm": False}
     model = timm.create_model(**arguments)
     check_same(model.state_dict(), weights, source)
     model.load_state_dict(weights)

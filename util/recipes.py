@@ -71,6 +71,11 @@ class Parts:
         return cls(**{f.name: flags[f.name] for f in fields(cls) if f.name in flags})
 
 
+def contrasts_patches(flags: dict) -> bool:
+    """Whether a run contrasts the patches' mean without cls: then that is what to read."""
+    return flags.get("pool") == "patches" and flags.get("weight_simclr", 0) > 0
+
+
 # fmt: off
 def recipe_flags() -> argparse.ArgumentParser:
     """The flags whose defaults are a recipe's, for `parents=`."""
@@ -114,7 +119,8 @@ def shown(value: object) -> str:
         return " ".join(map(shown, value))
     if value is None:
         return "the encoder's width"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    short = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return repr(value) if isinstance(value, float) and float(short) != value else short
 
 
 def resolve_recipe(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """An encoder's weights: how they are initialised, and how they are loaded from a checkpoint."""
 
+import argparse
 import logging
 import math
 from functools import partial
@@ -10,8 +11,10 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from util.distributed import is_main_process
 from util.errors import UserError
 from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
+from util.recipes import contrasts_patches, shown
 from util.sizes import image_size
 
 logger = logging.getLogger(__name__)
@@ -150,6 +153,21 @@ def start_from(
             unused |= {part: others[part]} if part in others else {}
     model.load_state_dict(own | loaded)
     _tell("start", len(loaded), source, unused, new)
+    targets = {"norm_pix_loss": model.norm_pix_loss, "noise_target": model.parts.noise_target}
+    for name, value in targets.items():
+        if "decoder_pred.weight" in loaded and (flags or {}).get(name, value) != value:
+            before, now = shown(flags[name]), shown(value)
+            logger.info(f"its decoder was trained with --{name} {before}, here it is {now}")
+
+
+def warn_of_pooling(args: argparse.Namespace, flags: dict[str, Any], source: str | Path) -> None:
+    """Says where `--cls_token` reads what a pretraining, of these flags, did not contrast."""
+    reads_cls = not args.global_pool and not getattr(args, "grid", False)
+    if contrasts_patches(flags) and reads_cls and is_main_process():
+        logger.warning(
+            f"warning: {source} contrasted the mean over patches, not the cls token (--pool "
+            f"patches): --global_pool reads that mean"
+        )
 
 
 def _leave_norms(

@@ -100,7 +100,9 @@ def prepare(args: argparse.Namespace) -> dict[str, str]:
                 file = source / split / data.classes[label] / f"{index:05d}.png"
                 if not file.exists():
                     file.parent.mkdir(parents=True, exist_ok=True)
-                    data[index][0].save(file)
+                    part = source / f"{split}.part"  # so that a kill leaves no half of an image
+                    data[index][0].save(part, "PNG")
+                    part.replace(file)
     held_out, folders = SWEEPS[args.what].held_out, {}
     for share, part in SHARES.items():
         folders[share] = data_folder(args.work_dir, args.images, args.test_images, share, held_out)
@@ -227,7 +229,7 @@ def is_done(where: Callable, run: Run, seed: int, args: argparse.Namespace) -> b
         return False
     kept = json.loads(log.read_text())
     for name, value in settings(run, args).items():
-        if kept.get(name) != value:
+        if name != "precision" and kept.get(name) != value:  # one of any precision will do
             sys.exit(
                 f"{Path(sys.argv[0]).name}: error: {log} has {name} {kept.get(name)}, not {value}:"
                 " give another --log_dir and --work_dir, or the settings it has"

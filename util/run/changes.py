@@ -24,7 +24,8 @@ EXPERIMENT = (
     "global_pool", "layer_decay", "cache_features", "augment", "flip", "rotate90",
 )  # fmt: skip
 # What checkpoints mean that are older than some flags.
-OLD = RECIPES["release"] | {"augment": "ssl", "flip": None, "rotate90": False}
+OLD = {"recipe": "release"} | RECIPES["release"]
+OLD |= {"augment": "ssl", "flip": None, "rotate90": False}
 # Flags that may differ at a resume without changing what is learnt.
 INDIFFERENT = (
     "device", "num_workers", "pin_mem", "output_dir", "log_dir", "save_freq", "save_interval",
@@ -53,7 +54,9 @@ def check_experiment(state: dict[str, Any], args: argparse.Namespace, source: st
     names = (*EXPERIMENT, *RECIPES["release"]) if state.get("args") else ()
     if differing := _differing([n for n in names if n not in unused], there, here):
         name, words = next(iter(differing.items()))
-        other = "" if name in SHAPES else f", or --resume {source}"
+        if name in RECIPES["release"]:  # the one flag that sets it and others, if that differs
+            words = _differing(["recipe"], there, here).get("recipe", words)
+        other = "" if differing.keys() & SHAPES else f", or --resume {source}"
         raise UserError(
             f"--resume auto: {source} is of another experiment: {words}; "
             f"give another --output_dir{other}"
