@@ -48,6 +48,19 @@ def test_the_command_line_overrides_the_recipe():
     assert Parts.of(vars(release)) == Parts()
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", RECIPES["release"])
+def test_each_flag_overrides_either_recipe_on_either_side(recipe, name):
+    other = RECIPES["release" if recipe == "paper" else "paper"][name]
+    value = {"temperature": 0.2, "projection_dim": 96}.get(name, other)
+    words = [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    if isinstance(value, bool):
+        words = [f"--{name}" if value else f"--no_{name}"]
+    for flags in (["--recipe", recipe, *words], [*words, "--recipe", recipe]):
+        found = {key: v for key, v in vars(parse(*flags)).items() if key in RECIPES[recipe]}
+        assert found == RECIPES[recipe] | {name: value}
+
+
 # --- the paper's recipe in plain functions of the weights w, for images of 32 x 32, patches of 8
 
 
