@@ -25,9 +25,10 @@ from engine_pretrain import describe_objective, total_loss
 from loss_contrastive import GlobalBatchNorm, projection_head
 from model_mae import MaskedAutoencoderViT, model_from_checkpoint
 from util import export
-from util.args import pretrain_parser
-from util.recipes import RECIPES, Parts
+from util.args import linprobe_parser, pretrain_parser
+from util.recipes import RECIPES, Parts, shown
 from util.run import checkpoint
+from util.weights import start_from, warn_of_pooling
 
 PAPER = Parts.of(RECIPES["paper"] | {"projection_dim": 24})
 
@@ -302,8 +303,10 @@ def test_a_run_of_the_paper_s_recipe_from_start_to_probe(photos_run, tmp_path, c
     flags += ["--epochs", 2, "--warmup_epochs", 1]
     assert run_main(main_pretrain, *flags) == 0
     out = capsys.readouterr().out
-    says = "recipe paper: norm_pix_loss on, noise_target normalised, weight_noise 0.309278350515463"
-    assert says in out
+    weight = shown(RECIPES["paper"]["weight_noise"])  # so that it can be typed back
+    assert (
+        f"recipe paper: norm_pix_loss on, noise_target normalised, weight_noise {weight}, " in out
+    )
     assert "objective: CAN = 0.67 reconstruction + 0.3 noise + 0.03 contrastive" in out
     assert 0.8 < log_of(tmp_path / "out")[0]["train_noise_zero"] < 1.1
     state = state_of(tmp_path / "out")
@@ -317,38 +320,71 @@ def test_a_run_of_the_paper_s_recipe_from_start_to_probe(photos_run, tmp_path, c
     assert run_main(main_pretrain, *release) == 1  # all of it differs: one flag brings it back
     said = the_error(capsys.readouterr().err)
     assert said.endswith("--recipe is 'paper' there, 'release' here; give another --output_dir")
-    weight = RECIPES["paper"]["weight_noise"]  # as start-up prints it
-    assert run_main(main_pretrain, *again, "--weight_noise", f"{weight}") == 0
-    probe = [str(word).removeprefix("mae_") for word in photos_run]
-    probe = [*probe, "--model", "vit_nano_patch4", "--output_dir", "", "--epochs", 1]
+    assert run_main(main_pretrain, *again, "--weight_noise", weight) == 0
+
+
+def test_what_reads_the_paper_s_encoder_reads_the_patches(photos_run, tmp_path, capsys):
+    flags = [*photos_run, "--recipe", "paper", "--projection_dim", 32, "--epochs", 1]
+    assert run_main(main_pretrain, *flags, "--warmup_epochs", 0, "--eval_freq", 1) == 0
     weights = tmp_path / "out/checkpoint-last.pth"
-    warning = f"warning: {weights} contrasted the mean over patches, not the cls token"
-    capsys.readouterr()
-    for more, warned in ((), True), (("--global_pool",), False), (("--blr", "auto"), False):
-        assert run_main(main_linprobe, *probe, "--finetune", weights, *more) == 0
-        said = capsys.readouterr()
-        assert (warning in said.out + said.err) == warned
-    assert run_main(export, "--checkpoint", weights, "--out", tmp_path / "vit") == 0
-    assert "an encoder, of the mean over patches" in capsys.readouterr().out
-    vit = timm.create_model(f"local-dir:{tmp_path / 'vit'}", pretrained=True).eval()
     model = model_from_checkpoint(state_of(tmp_path / "out"), "x").eval()
     imgs = torch.randn(2, 3, *model.patch_embed.img_size)
-    torch.testing.assert_close(vit(imgs), model.features(imgs), rtol=0, atol=1e-5)
-    other = [
-        *photos_run,
-        "--init",
-        weights,
-        "--output_dir",
-        "",
-        "--epochs",
-        1,
-        "--warmup_epochs",
-        0,
-    ]
-    assert run_main(main_pretrain, *other, "--mask_token_width", "encoder") == 0
+    capsys.readouterr()
+    probe = [str(word).removeprefix("mae_") for word in photos_run]
+    probe = [*probe, "--model", "vit_nano_patch4", "--output_dir", "", "--epochs", 1]
+    assert run_main(main_linprobe, *probe, "--finetune", weights) == 0
+    assert "not by the cls token, which is read here" in capsys.readouterr().out
+    for path in (tmp_path / "vit", tmp_path / "vit.safetensors", tmp_path / "again"):
+        assert run_main(export, "--checkpoint", weights, "--out", path) == 0
+        weights = path  # of which the next is made
     said = capsys.readouterr().out
-    assert "its decoder was trained with --norm_pix_loss on, here it is off" in said
-    assert "its decoder was trained with --noise_target normalised, here it is raw" in said
+    assert said.count("an encoder, of the mean over patches") == 2
+    call = said.split("load with ")[2].split(", on images")[0]
+    from_file = eval(call, {"timm": timm}).eval()
+    vit = timm.create_model(f"local-dir:{weights}", pretrained=True).eval()
+    for theirs in (vit, from_file):
+        torch.testing.assert_close(theirs(imgs), model.features(imgs), rtol=0, atol=1e-5)
+    theirs = ["--out", tmp_path / "hf", "--format", "transformers"]
+    assert run_main(export, "--checkpoint", weights, *theirs) == 0
+    assert "read last_hidden_state[:, 1:].mean(1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "flags", "warned"),
+    [
+        ("--recipe paper", "", True),
+        ("--recipe paper", "--knn", True),
+        ("--recipe paper", "--global_pool", False),
+        ("--recipe paper", "--blr auto", False),
+        ("--recipe paper --weight_simclr 0", "", False),
+        ("--recipe paper --pool all", "", False),
+        ("", "", False),
+    ],
+)
+def test_a_probe_of_what_was_not_contrasted_is_warned_of(pretrained, flags, warned, caplog):
+    args = linprobe_parser().parse_args(["--data_path", "x", *flags.split()])
+    warn_of_pooling(args, vars(parse(*pretrained.split())), "x.pth")
+    says = "x.pth was trained by the mean over patches, not by the cls token"
+    assert (says in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({}, ["norm_pix_loss on, here it is off", "noise_target normalised, here it is raw"]),
+        ({"noise_loss": False}, ["norm_pix_loss on, here it is off"]),
+        ({"reconstruct": False}, []),
+        ({"norm_pix_loss": True, "parts": PAPER}, []),
+    ],
+)
+def test_a_start_from_a_decoder_of_other_targets_is_told(flags, told, caplog):
+    there = small_mae(norm_pix_loss=True, parts=PAPER).state_dict()
+    parts = Parts(mask_token_width="encoder", noise_level_tokens="all")  # of the same shapes
+    with caplog.at_level("INFO"):
+        there_flags = vars(parse("--recipe", "paper")) | {"noise_loss": True}
+        start_from(small_mae(**{"parts": parts} | flags), there, "x", there_flags)
+    says = [words.split("with --")[1] for words in caplog.messages if "the decoder of x" in words]
+    assert says == told
 
 
 def test_checkpoints_older_than_recipes_are_the_release_s(photos_run, tmp_path, capsys):

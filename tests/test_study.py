@@ -267,7 +267,8 @@ def test_a_sweep_leaves_logs_and_is_not_repeated(photos, tmp_path):
     ]  # fmt: skip
     done = python(*map(str, command), timeout=300)
     assert done.returncode == 0, done.stderr
-    log = json.loads((tmp_path / "ablations" / "target-unit-3.json").read_text())
+    path = tmp_path / "ablations" / "target-unit-3.json"
+    log = json.loads(path.read_text())
     assert [line["epoch"] for line in log["training"]] == [0, 1, 2]
     assert set(log["probe"]) == {"cls-100", "pooled-100"}
     assert set(log["knn"]) == {"cls", "pooled"}
@@ -277,6 +278,8 @@ def test_a_sweep_leaves_logs_and_is_not_repeated(photos, tmp_path):
     assert set(log["analysis"]["trunk_gradient"]) == {"reconstruction", "noise", "contrastive"}
     again = python(*map(str, command))
     assert (again.returncode, again.stdout) == (0, "")
+    other = python(*map(str, command), "--precision", "bf16")
+    assert (other.returncode, other.stdout) == (0, f"{path}, of fp32, counts as done\n")
     other = python(*map(str, command), "--epochs", "4")
     assert other.returncode == 1
     assert "has epochs 3, not 4" in other.stderr.splitlines()[-1]

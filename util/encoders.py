@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from util.errors import UserError
+from util.recipes import trains_patches
 from util.sizes import SIZES, Side, check_patches, height_width, image_size, size_of
 from util.weights import check_same, encoder_part, fit_input
 
@@ -36,6 +37,8 @@ def timm_arguments(weights: dict[str, Tensor], source: str, flags: dict[str, Any
         arguments["in_chans"] = in_chans
     if "fc_norm.weight" in weights:
         arguments["global_pool"] = "avg"
+    elif trains_patches(flags or {}):  # pretrained, or a probe's
+        arguments |= {"global_pool": "avg", "fc_norm": False}
     return arguments
 
 

@@ -23,15 +23,16 @@ from util.data.survey import PIXEL_FLAGS
 from util.encoders import timm_arguments
 from util.errors import UserError
 from util.layouts import to_hugging_face
-from util.recipes import contrasts_patches
+from util.recipes import trains_patches
 from util.run.checkpoint import FLAGS, load_published
 from util.run.launch import launch
 from util.sizes import SIZES, image_size, size_of
 from util.weights import check_same, encoder_part
 
 ONNX_LIMIT = 2**31 - 2**20  # bytes of weights
-# What a .safetensors file tells of images.
+# What a .safetensors file tells of images and features.
 KEPT_FLAGS = ("input_size", "resize", "augment", "flip", "rotate90", *PIXEL_FLAGS)
+KEPT_FLAGS += ("pool", "weight_simclr", "global_pool")  # what is to be read
 NORM_EPS, PROBE_EPS = 1e-6, 1e-6  # of the encoder's norms, and of the probe's BatchNorm
 
 
@@ -147,10 +148,6 @@ def timm_model(state: dict[str, Any], source: str) -> tuple[nn.Module, dict[str,
     if head := classifier(state["model"]):
         weights |= head
         arguments["num_classes"] = len(head["head.bias"])
-        if flags.get("global_pool") and "fc_norm.weight" not in weights:  # a probe's
-            arguments |= {"global_pool": "avg", "fc_norm": False}
-    elif contrasts_patches(flags):
-        arguments |= {"global_pool": "avg", "fc_norm": False}
     model = timm.create_model(**arguments)
     check_same(model.state_dict(), weights, source)
     model.load_state_dict(weights)
@@ -232,6 +229,8 @@ def write_transformers(path: Path, out: str, state: dict[str, Any], source: str)
     words = f"{len(tensors)} tensors; load with transformers.{name}.from_pretrained({out!r})"
     if classifier(state["model"]):
         words += "; its classifier is left out"
+    if trains_patches(flags):
+        words += "; read last_hidden_state[:, 1:].mean(1): what was trained is the patches' mean"
     if flags.get("resize") != "squash":  # which is all that ViTImageProcessor does
         words += "; its processor squashes images where evaluation here cuts or pads them"
     return words

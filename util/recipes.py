@@ -71,9 +71,10 @@ class Parts:
         return cls(**{f.name: flags[f.name] for f in fields(cls) if f.name in flags})
 
 
-def contrasts_patches(flags: dict) -> bool:
-    """Whether a run contrasts the patches' mean without cls: then that is what to read."""
-    return flags.get("pool") == "patches" and flags.get("weight_simclr", 0) > 0
+def trains_patches(flags: dict) -> bool:
+    """Whether a run contrasted, or classified, the mean over patches without cls."""
+    contrasted = flags.get("pool") == "patches" and flags.get("weight_simclr", 0) > 0
+    return contrasted or bool(flags.get("global_pool"))
 
 
 # fmt: off

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from util.distributed import is_main_process
 from util.errors import UserError
 from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
-from util.recipes import contrasts_patches, shown
+from util.recipes import Parts, shown, trains_patches
 from util.sizes import image_size
 
 logger = logging.getLogger(__name__)
@@ -153,20 +153,23 @@ def start_from(
             unused |= {part: others[part]} if part in others else {}
     model.load_state_dict(own | loaded)
     _tell("start", len(loaded), source, unused, new)
-    targets = {"norm_pix_loss": model.norm_pix_loss, "noise_target": model.parts.noise_target}
-    for name, value in targets.items():
-        if "decoder_pred.weight" in loaded and (flags or {}).get(name, value) != value:
-            before, now = shown(flags[name]), shown(value)
-            logger.info(f"its decoder was trained with --{name} {before}, here it is {now}")
+    if flags and model.reconstruct and "decoder_pred.weight" in loaded:
+        targets = {"norm_pix_loss": (flags.get("norm_pix_loss", False), model.norm_pix_loss)}
+        if model.noise_loss and flags.get("noise_loss"):
+            targets["noise_target"] = (Parts.of(flags).noise_target, model.parts.noise_target)
+        for name, (before, now) in targets.items():
+            if before != now:
+                words = f"the decoder of {source} was trained with --{name} {shown(before)}"
+                logger.info(f"{words}, here it is {shown(now)}")
 
 
 def warn_of_pooling(args: argparse.Namespace, flags: dict[str, Any], source: str | Path) -> None:
-    """Says where `--cls_token` reads what a pretraining, of these flags, did not contrast."""
+    """Says that `--cls_token` reads what the weights, of a run with these flags, did not train."""
     reads_cls = not args.global_pool and not getattr(args, "grid", False)
-    if contrasts_patches(flags) and reads_cls and is_main_process():
+    if trains_patches(flags) and reads_cls and is_main_process():
         logger.warning(
-            f"warning: {source} contrasted the mean over patches, not the cls token (--pool "
-            f"patches): --global_pool reads that mean"
+            f"warning: {source} was trained by the mean over patches, not by the cls token, which "
+            "is read here: --global_pool reads that mean"
         )
 
 

@@ -134,7 +134,7 @@ def carry_out(args: argparse.Namespace, data: dict, run: Run, seed: int) -> str:
     common = f"--model vit_{args.size} --input_size {SIDE} --seed {seed}"
     common += f" --precision {args.precision} --num_workers {args.num_workers}"
     work = args.work_dir / "downstream" / f"{run.name}-{seed}"
-    record = {"name": run.name, "seed": seed} | settings(run, args)
+    record = {"name": run.name, "seed": seed, "precision": args.precision} | settings(run, args)
     record["finetuned"] = finetune(launch, common, encoder, work, data)
     record["transfer"] = {
         name: transfer(launch, common, encoder, work, write_folds(name, args.work_dir))

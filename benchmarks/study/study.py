@@ -100,7 +100,7 @@ def prepare(args: argparse.Namespace) -> dict[str, str]:
                 file = source / split / data.classes[label] / f"{index:05d}.png"
                 if not file.exists():
                     file.parent.mkdir(parents=True, exist_ok=True)
-                    part = source / f"{split}.part"  # so that a kill leaves no half of an image
+                    part = source / f"{os.getpid()}.part"  # a kill leaves no half of an image
                     data[index][0].save(part, "PNG")
                     part.replace(file)
     held_out, folders = SWEEPS[args.what].held_out, {}
@@ -145,8 +145,7 @@ def settings(run: Run, args: argparse.Namespace) -> dict[str, int | str]:
     """What else tells two runs of a name and seed apart."""
     found = {"size": args.size, "epochs": epochs_of(run, args.epochs, args.size)}
     found |= {name: getattr(args, name) for name in ("images", "test_images", "batch_size")}
-    found |= {"held_out": True} if SWEEPS[args.what].held_out else {}
-    return found | ({"precision": args.precision} if args.precision != "bf16" else {})
+    return found | ({"held_out": True} if SWEEPS[args.what].held_out else {})
 
 
 class Launcher:
@@ -227,9 +226,11 @@ def is_done(where: Callable, run: Run, seed: int, args: argparse.Namespace) -> b
     log = where(run, seed, args)
     if not log.exists():
         return False
-    kept = json.loads(log.read_text())
+    kept = {"precision": "bf16"} | json.loads(log.read_text())
+    if kept["precision"] != args.precision:
+        print(f"{log}, of {kept['precision']}, counts as done")
     for name, value in settings(run, args).items():
-        if name != "precision" and kept.get(name) != value:  # one of any precision will do
+        if kept.get(name) != value:
             sys.exit(
                 f"{Path(sys.argv[0]).name}: error: {log} has {name} {kept.get(name)}, not {value}:"
                 " give another --log_dir and --work_dir, or the settings it has"
@@ -287,7 +288,7 @@ def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict[str, str
     work = args.work_dir / args.what / f"{run.name}-{seed}"
     common = f"--input_size {SIDE} --seed {seed} --num_workers {args.num_workers}"
     common += f" --precision {args.precision}"
-    record = {"name": run.name, "seed": seed} | settings(run, args)
+    record = {"name": run.name, "seed": seed, "precision": args.precision} | settings(run, args)
 
     length = f"--batch_size {args.batch_size // run.processes} --epochs {record['epochs']}"
     record |= train(run, launch, args.size, f"{common} {length}", work / "train", data["100"])

@@ -91,6 +91,12 @@ def is_trained(term: str, records: list[dict]) -> bool:
     return not any(gradient.get(term) == 0 for gradient in gradients)
 
 
+def seeds(records: list[dict]) -> str:
+    """How many there are, and how many of them ran in fp32 and not in bf16."""
+    others = sum(record.get("precision") == "fp32" for record in records)
+    return f"{len(records)} ({others} in fp32)" if others else str(len(records))
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> None:
     for row in [header, ["---"] * len(header), *rows]:
         print("| " + " | ".join(row) + " |")
@@ -114,7 +120,7 @@ def accuracy_table(logs: Logs, cost: Cost | None = None) -> None:
         cells = [written(found[name].get(column, [])) for column in columns]
         if cost:
             cells.insert(0, f"{processor_hours(records[0], cost):.2f}" if trained else "")
-        rows.append([name, epochs, str(len(records)), *cells])
+        rows.append([name, epochs, seeds(records), *cells])
     hours = ["processor h"] if cost else []
     markdown(["run", "epochs", "seeds", *hours, *columns], rows)
 
@@ -174,7 +180,7 @@ def downstream_table(logs: Logs) -> None:
         cells = [written([r["finetuned"][share] for r in records]) for share in shares]
         for images, kind in readouts:
             cells.append(written([np.mean(r["transfer"][images][kind]) for r in records]))
-        rows.append([name, str(len(records)), *cells])
+        rows.append([name, seeds(records), *cells])
     header = [f"fine-tuned, {share} %" for share in shares]
     header += [f"{images}, {kind}" for images, kind in readouts]
     markdown(["run", "seeds", *header], rows)

@@ -168,6 +168,7 @@ def _beside(folder: Path) -> dict[str, Any]:
         "pixel_mean": settings.get("mean") or settings.get("image_mean"),
         "pixel_std": settings.get("std") or settings.get("image_std"),
         "resize": mode,
+        "global_pool": settings.get("global_pool") == "avg",
     }
     return {name: value for name, value in flags.items() if value}
 
