@@ -316,6 +316,8 @@ def test_a_run_of_the_paper_s_recipe_from_start_to_probe(photos_run, tmp_path, c
     assert run_main(main_pretrain, *again) == 0
     assert run_main(main_pretrain, *again, "--pool", "cls") == 1
     assert "--pool is 'patches' there, 'cls' here" in the_error(capsys.readouterr().err)
+    assert run_main(main_pretrain, *again, "--local_negatives") == 1
+    assert "--local_negatives is False there, True here" in the_error(capsys.readouterr().err)
     release = [*photos_run, "--resume", "auto", "--epochs", 3, "--warmup_epochs", 1]
     assert run_main(main_pretrain, *release) == 1  # all of it differs: one flag brings it back
     said = the_error(capsys.readouterr().err)

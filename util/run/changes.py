@@ -21,11 +21,13 @@ logger = logging.getLogger(__name__)
 # Flags that define the experiment, of all scripts together; with those of a recipe.
 EXPERIMENT = (
     "seed", "model", "input_size", "weight_mae", "weight_simclr", "noise_loss", "mask_ratio", "std",
-    "global_pool", "layer_decay", "cache_features", "augment", "flip", "rotate90",
+    "global_pool", "layer_decay", "cache_features", "augment", "flip", "rotate90", "blur_prob",
+    "local_negatives",
 )  # fmt: skip
 # What checkpoints mean that are older than some flags.
 OLD = {"recipe": "release"} | RECIPES["release"]
 OLD |= {"augment": "ssl", "flip": None, "rotate90": False}
+OLD |= {"blur_prob": 0.5, "local_negatives": False}
 # Flags that may differ at a resume without changing what is learnt.
 INDIFFERENT = (
     "device", "num_workers", "pin_mem", "output_dir", "log_dir", "save_freq", "save_interval",
