@@ -228,7 +228,7 @@ def test_encoders_are_fine_tuned_and_transferred(photos, tmp_path, monkeypatch, 
     assert all(50 < value < 100 for value in found["transfer"]["digits"]["probe"])
     assert all(50 < value < 100 for value in found["transfer"]["digits"]["knn"])
     tables.downstream_table({"can": [found]})
-    assert "| can | 1 | " in capsys.readouterr().out
+    assert "| can | 1 (1 in fp32) | " in capsys.readouterr().out
     folds = [tmp_path / f"transfer/digits-{fold}" for fold in range(2)]
     files = [{f.relative_to(p / "val") for f in (p / "val").rglob("*.png")} for p in folds]
     assert len(files[0] | files[1]) == 1797
