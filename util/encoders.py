@@ -37,7 +37,7 @@ def timm_arguments(weights: dict[str, Tensor], source: str, flags: dict[str, Any
         arguments["in_chans"] = in_chans
     if "fc_norm.weight" in weights:
         arguments["global_pool"] = "avg"
-    elif trains_patches(flags or {}):  # pretrained, or a probe's
+    elif trains_patches(flags):  # pretrained, or a probe's
         arguments |= {"global_pool": "avg", "fc_norm": False}
     return arguments
 

@@ -30,9 +30,8 @@ from util.sizes import SIZES, image_size, size_of
 from util.weights import check_same, encoder_part
 
 ONNX_LIMIT = 2**31 - 2**20  # bytes of weights
-# What a .safetensors file tells of images and features.
+# What a .safetensors file tells of images.
 KEPT_FLAGS = ("input_size", "resize", "augment", "flip", "rotate90", *PIXEL_FLAGS)
-KEPT_FLAGS += ("pool", "weight_simclr", "global_pool")  # what is to be read
 NORM_EPS, PROBE_EPS = 1e-6, 1e-6  # of the encoder's norms, and of the probe's BatchNorm
 
 
@@ -98,6 +97,7 @@ def write_file(path: Path, out: str, state: dict[str, Any], source: str) -> str:
     weights, arguments, _ = checked_encoder(state, source)
     flags = state.get("args", {})
     kept = {name: flags[name] for name in KEPT_FLAGS if flags.get(name) is not None}
+    kept |= {"global_pool": True} if trains_patches(flags) else {}
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     safetensors.torch.save_file(tensors, path, {"format": "pt", FLAGS: json.dumps(kept)})
     words = [repr(arguments.pop("model_name"))] + [f"{k}={v!r}" for k, v in arguments.items()]

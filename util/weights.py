@@ -154,13 +154,18 @@ def start_from(
     model.load_state_dict(own | loaded)
     _tell("start", len(loaded), source, unused, new)
     if flags and model.reconstruct and "decoder_pred.weight" in loaded:
-        targets = {"norm_pix_loss": (flags.get("norm_pix_loss", False), model.norm_pix_loss)}
-        if model.noise_loss and flags.get("noise_loss"):
-            targets["noise_target"] = (Parts.of(flags).noise_target, model.parts.noise_target)
-        for name, (before, now) in targets.items():
-            if before != now:
-                words = f"the decoder of {source} was trained with --{name} {shown(before)}"
-                logger.info(f"{words}, here it is {shown(now)}")
+        _tell_targets(model, flags, source)
+
+
+def _tell_targets(model: nn.Module, flags: dict[str, Any], source: str | Path) -> None:
+    """Says where a decoder that is loaded has learnt to predict other things than it will."""
+    targets = {"norm_pix_loss": (flags.get("norm_pix_loss", False), model.norm_pix_loss)}
+    if model.noise_loss and flags.get("noise_loss"):
+        targets["noise_target"] = (Parts.of(flags).noise_target, model.parts.noise_target)
+    for name, (before, now) in targets.items():
+        if before != now:
+            words = f"the decoder of {source} was trained with --{name} {shown(before)}"
+            logger.info(f"{words}, here it is {shown(now)}")
 
 
 def warn_of_pooling(args: argparse.Namespace, flags: dict[str, Any], source: str | Path) -> None:

@@ -25,9 +25,10 @@ EXPERIMENT = (
     "local_negatives",
 )  # fmt: skip
 # What checkpoints mean that are older than some flags.
-OLD = {"recipe": "release"} | RECIPES["release"]
-OLD |= {"augment": "ssl", "flip": None, "rotate90": False}
-OLD |= {"blur_prob": 0.5, "local_negatives": False}
+OLD = RECIPES["release"] | {
+    "recipe": "release", "augment": "ssl", "flip": None, "rotate90": False, "blur_prob": 0.5,
+    "local_negatives": False,
+}  # fmt: skip
 # Flags that may differ at a resume without changing what is learnt.
 INDIFFERENT = (
     "device", "num_workers", "pin_mem", "output_dir", "log_dir", "save_freq", "save_interval",
