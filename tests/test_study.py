@@ -22,6 +22,7 @@ from util.args import pretrain_parser
 sys.path.insert(0, str(ROOT / "benchmarks/study"))
 import cost
 import downstream
+import folders
 import noise
 import study
 import sweeps
@@ -132,7 +133,9 @@ def test_each_method_has_as_many_runs_to_choose_from():
     names = [run.name for run in sweeps.RECIPES]
     assert len(set(names)) == len(names) == 36
     assert [sum(n.startswith(m) for n in names) for m in ("can-", "mae-", "simclr-")] == [12] * 3
-    for run in sweeps.RECIPES:  # flags that main_pretrain.py takes, as study.py gives them
+    for run in (
+        sweeps.RECIPES + sweeps.ROWS
+    ):  # flags that main_pretrain.py takes, as study.py gives them
         pretrain_parser().parse_args(
             ["--data_path", "x", *study.PRETRAIN.split(), *run.flags.split()]
         )
@@ -141,7 +144,7 @@ def test_each_method_has_as_many_runs_to_choose_from():
 def test_recipes_are_chosen_by_training_images(photos, tmp_path):
     flags = ["--data_path", str(photos), "--work_dir", str(tmp_path), "--what", "recipes"]
     args = study.get_args_parser().parse_args([*flags, "--images", "32", "--test_images", "16"])
-    folder = Path(study.prepare(args)["100"])
+    folder = Path(folders.prepare(study.complete(args, "recipes"))["100"])
     names = {s: sorted(p.resolve() for p in (folder / s).rglob("*.jpg")) for s in ("train", "val")}
     assert sorted(names["train"] + names["val"]) == sorted(
         p.resolve() for p in (photos / "train").rglob("*.jpg")
@@ -217,8 +220,8 @@ def test_encoders_are_fine_tuned_and_transferred(photos, tmp_path, monkeypatch, 
     flags = ["--data_path", photos, "--work_dir", tmp_path, "--log_dir", tmp_path]
     flags += ["--seeds", "3", "--images", "40", "--test_images", "8", "--only", "can", "mae"]
     flags += ["--precision", "fp32"]  # bf16 is slow where processors do not have it
-    args = study.get_args_parser().parse_args([*map(str, flags), "--what", "scale"])
-    study.log_path(sweeps.Run("can"), 3, args).write_text("{}")  # it has ended
+    args = study.get_args_parser().parse_args(list(map(str, flags)))
+    study.log_path(sweeps.Run("can"), 3, study.complete(args, "scale")).write_text("{}")  # it has ended
     downstream.main(args)
     shown = capsys.readouterr().out
     assert "mae 3: not pretrained yet" in shown
@@ -255,6 +258,29 @@ def test_the_cost_of_an_image_is_measured_in_turns_without_start_up(photos, monk
     assert [args.epochs for args in asked] == [1, 2] * 2 * len(found)
     run = {"name": "mae", "epochs": 3, "images": 100, "batch_size": 40}  # steps are full
     assert tables.processor_hours(run, found) == pytest.approx(3 * 80 * 2 / 3600)
+
+
+def test_one_command_carries_out_every_sweep_as_it_is_set(photos, tmp_path, monkeypatch, capsys):
+    asked = {}
+
+    def carry_out(run, seed, args, data):
+        found = asked.setdefault(args.what, (data["100"], args.epochs, []))
+        found[-1].append((run.name, seed))
+        return f"{args.what} {run.name}"
+
+    monkeypatch.setattr(study, "carry_out", carry_out)
+    where = ["--data_path", str(photos), "--work_dir", str(tmp_path), "--log_dir", str(tmp_path)]
+    study.main(study.get_args_parser().parse_args([*where, "--only", "can", "can-weights"]))
+    seeds = {what: found[-1] for what, found in asked.items()}
+    assert seeds == {
+        "methods": [("can", 0), ("can", 1), ("can", 2)],
+        "recipes": [("can-weights", 0)],
+        "scale": [("can", 0)],
+        "small": [("can", 0), ("can", 1), ("can", 2)],
+    }
+    assert asked["scale"][:2] == (str(tmp_path / "50000-10000-100"), 40)
+    assert asked["recipes"][0] == str(tmp_path / "9000-1000-100-held-out")
+    assert capsys.readouterr().out.count("can") == 8
 
 
 @pytest.mark.slow

@@ -19,20 +19,18 @@ from pathlib import Path
 
 import numpy as np
 import paths  # noqa: F401
+from folders import data_folder, link_images, prepare
 from PIL import Image
 from sklearn.datasets import load_digits
 from study import (
     SIDE,
     Launcher,
     complete,
-    data_folder,
     epochs_log,
     get_args_parser,
-    is_done,
-    link_images,
     log_path,
+    missing,
     percent,
-    prepare,
     settings,
     work_off,
     write_log,
@@ -124,7 +122,7 @@ def transfer(launch: Launcher, common: str, encoder: str, work: Path, folds: lis
     return found
 
 
-def carry_out(args: argparse.Namespace, data: dict, run: Run, seed: int) -> str:
+def carry_out(run: Run, seed: int, args: argparse.Namespace, data: dict) -> str:
     """Fine-tunes and transfers one encoder, and writes its log; returns a line about it."""
     begin, launch = time.time(), Launcher()
     weights = args.work_dir / "scale" / f"{run.name}-{seed}" / "train" / LAST
@@ -146,7 +144,8 @@ def carry_out(args: argparse.Namespace, data: dict, run: Run, seed: int) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    data = prepare(complete(args))
+    args = complete(args, "scale")
+    data = prepare(args)
     whole = data_folder(args.work_dir, args.images, args.test_images)
     for share in SHARES:  # the training images, and few to test on meanwhile
         folder = args.work_dir / f"finetune-{Path(data[share]).name}"
@@ -156,14 +155,14 @@ def main(args: argparse.Namespace) -> None:
     data["val"] = str(whole)
     for name in SETS:  # once, before several need them
         write_folds(name, args.work_dir)
-    work_off(args, partial(is_done, own_log), partial(carry_out, args, data))
+    work_off(args.jobs, [partial(carry_out, *run, args, data) for run in missing(args, own_log)])
 
 
 if __name__ == "__main__":
     parser = get_args_parser()
     parser.description = __doc__.splitlines()[0]
-    parser.set_defaults(what="scale")
+    parser.set_defaults(what=["scale"])
     flags = parser.parse_args()
-    if flags.what != "scale":
-        parser.error(f"--what {flags.what}: only scale's encoders are taken")
+    if flags.what != ["scale"]:
+        parser.error(f"--what {' '.join(flags.what)}: only scale's encoders are taken")
     main(flags)

@@ -13,8 +13,9 @@ import numpy as np
 import paths
 import torch
 from flops import forward_flops
+from folders import data_folder
 from sklearn.manifold import TSNE
-from study import SIDE, data_folder
+from study import SIDE
 from sweeps import ABLATIONS, METHODS, SCALE
 from tables import (
     TERMS,

@@ -1,7 +1,6 @@
 """Does CAN learn better features than its parts? A sweep over this project's own scripts.
 
     python benchmarks/study/study.py --data_path CIFAR10 --log_dir logs --jobs 2
-    python benchmarks/study/study.py --data_path CIFAR10 --log_dir logs --jobs 2 --what ablations
 
 `--data_path` is a folder with train/ and val/, such as an ImageFolder of CIFAR-10, or `cifar10`
 (torchvision's, downloaded). Every run is pretraining and its probes, a process each, on the GPU if
@@ -28,9 +27,9 @@ from pathlib import Path
 import numpy as np
 import paths
 import torch
-import torchvision
 from common import ROOT, describe_machine
 from flops import forward_flops
+from folders import prepare
 from sweeps import SHARES, SWEEPS, Run
 from torch.utils.data import DataLoader
 
@@ -72,10 +71,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_path", required=True, help="a folder with train/, val/; or cifar10")
     parser.add_argument("--work_dir", type=Path, default=Path("study"), help="data, checkpoints")
     parser.add_argument("--log_dir", type=Path, default=LOGS, help="folder of the runs' logs")
-    parser.add_argument("--what", choices=SWEEPS, default="methods")
+    parser.add_argument("--what", nargs="+", choices=SWEEPS, help="sweeps; default: all")
     parser.add_argument("--only", nargs="*", help="names of runs, if not all")
     parser.add_argument("--size", choices=SIZES, default="nano_patch4", help="model size")
-    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="such as 0-2")
+    parser.add_argument("--seeds", type=seeds, help="such as 0-2; default: the sweep's")
     parser.add_argument("--images", type=positive, help="to train on; default: the sweep's")
     parser.add_argument("--test_images", type=positive, help="default: the sweep's")
     parser.add_argument("--epochs", type=positive, help="CAN's; default: the sweep's")
@@ -84,53 +83,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
     parser.add_argument("--num_workers", type=number(int, 0), default=0, help="per run")
     return parser
-
-
-def prepare(args: argparse.Namespace) -> dict[str, str]:
-    """Folders of links with the first images of every class, by share of the labels.
-
-    Where training images are held out to choose by, these are the next ones of each class.
-    """
-    source = Path(args.data_path)
-    if args.data_path == "cifar10":
-        source = args.work_dir / "cifar10"
-        for split in ("train", "val"):
-            data = torchvision.datasets.CIFAR10("data", train=split == "train", download=True)
-            for index, label in enumerate(data.targets):
-                file = source / split / data.classes[label] / f"{index:05d}.png"
-                if not file.exists():
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    part = source / f"{os.getpid()}.part"  # a kill leaves no half of an image
-                    data[index][0].save(part, "PNG")
-                    part.replace(file)
-    held_out, folders = SWEEPS[args.what].held_out, {}
-    for share, part in SHARES.items():
-        folders[share] = data_folder(args.work_dir, args.images, args.test_images, share, held_out)
-        first = args.images if held_out else 0
-        for split, part_of, begin, count in (
-            ("train", "train", 0, part * args.images),
-            ("val", "train" if held_out else "val", first, args.test_images),
-        ):
-            link_images(source / part_of, folders[share] / split, begin, count)
-    return {share: str(folder) for share, folder in folders.items()}
-
-
-def link_images(source: Path, target: Path, begin: int, count: float) -> None:
-    """Links `count` images of class folders from the `begin`-th on, as many of each class."""
-    classes = sorted(folder for folder in source.iterdir() if folder.is_dir())
-    begin, end = (round(place / len(classes)) for place in (begin, begin + count))
-    for folder in classes:
-        links = target / folder.name
-        links.mkdir(parents=True, exist_ok=True)
-        for file in sorted(folder.iterdir())[begin:end]:
-            if not (links / file.name).exists():
-                (links / file.name).symlink_to(file.resolve())
-
-
-def data_folder(
-    work_dir: Path, images: int, test_images: int, share: str = "100", held_out: bool = False
-) -> Path:
-    return work_dir / f"{images}-{test_images}-{share}{'-held-out' * held_out}"
 
 
 def epochs_of(run: Run, epochs: int, size: str) -> int:
@@ -311,27 +263,31 @@ def write_log(log: Path, record: dict, launch: Launcher) -> None:
     temporary.replace(log)
 
 
-def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags, with the sweep's settings where none were given."""
-    for name in ("images", "test_images", "epochs"):
-        setattr(args, name, getattr(args, name) or getattr(SWEEPS[args.what], name))
-    return args
+def complete(args: argparse.Namespace, what: str) -> argparse.Namespace:
+    """The flags for one sweep, with its settings where none were given."""
+    own = ("seeds", "images", "test_images", "epochs")
+    found = {name: getattr(args, name) or getattr(SWEEPS[what], name) for name in own}
+    return argparse.Namespace(**vars(args) | found | {"what": what})
 
 
-def work_off(args: argparse.Namespace, done: Callable, act: Callable[[Run, int], str]) -> None:
-    """Acts on every run and seed that the flags ask for and that is not done, `--jobs` at a time.
+def missing(args: argparse.Namespace, where: Callable) -> list[tuple[Run, int]]:
+    """What a sweep's flags ask for and has no log yet, `where(run, seed, args)`; seed by seed."""
+    return [
+        (run, seed)
+        for seed in args.seeds
+        for run in SWEEPS[args.what].runs
+        if (not args.only or run.name in args.only) and not is_done(where, run, seed, args)
+    ]
+
+
+def work_off(jobs: int, actions: list[Callable[[], str]]) -> None:
+    """Does so many at a time, and prints what they return or raise.
 
     Raises:
         SystemExit: in the end, if one has failed.
     """
-    wanted = [
-        (run, seed)
-        for seed in args.seeds
-        for run in SWEEPS[args.what].runs
-        if (not args.only or run.name in args.only) and not done(run, seed, args)
-    ]
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        started = [pool.submit(act, run, seed) for run, seed in wanted]
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        started = [pool.submit(action) for action in actions]
         failed = False
         for future in concurrent.futures.as_completed(started):
             failed |= future.exception() is not None
@@ -342,8 +298,11 @@ def work_off(args: argparse.Namespace, done: Callable, act: Callable[[Run, int],
 
 
 def main(args: argparse.Namespace) -> None:
-    data = prepare(complete(args))
-    work_off(args, partial(is_done, log_path), lambda run, seed: carry_out(run, seed, args, data))
+    actions = []
+    for sweep in (complete(args, what) for what in args.what or SWEEPS):
+        data = prepare(sweep)
+        actions += [partial(carry_out, *what, sweep, data) for what in missing(sweep, log_path)]
+    work_off(args.jobs, actions)
 
 
 if __name__ == "__main__":

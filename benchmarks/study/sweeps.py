@@ -99,6 +99,14 @@ RECIPES = [
     Run("simclr-jitter-1", f"{NO_RECONSTRUCTION} --jitter_strength 1"),
     Run("simclr-augment", f"{NO_RECONSTRUCTION} {AUGMENT}"),
 ]
+# Added when the larger runs had been chosen, so not to choose from: each half of *can-level*, and
+# the row that no other run has. The first is *can-2e-3* again.
+ROWS = [
+    Run("can-again"),
+    Run("can-level-alone", "--noise_level_tokens all"),
+    Run("can-mask-token", "--mask_token_width encoder"),
+    Run("can-weights", "--weight_mae 0.67 --weight_noise 0.3"),
+]
 # Each method with the row of RECIPES that had the best pooled probe among the held-out images: of
 # SimCLR, CAN, MAE, the release's CAN and the paper's. That without noise is the paper's, with
 # reconstruction weighing what it does beside noise. The last has the processor time of can's runs.
@@ -144,6 +152,7 @@ class Sweep(NamedTuple):
         test_images: to probe on.
         epochs: of pretraining; of runs of equal FLOPs, CAN's.
         held_out: those to probe on are training images, the next ones of each class.
+        seeds: in the order of which its runs are carried out.
         probe_chooses: its rate and pooling, by a tenth of the training images.
     """
 
@@ -151,15 +160,16 @@ class Sweep(NamedTuple):
     images: int
     test_images: int
     epochs: int
+    seeds: tuple[int, ...] = (0,)
     held_out: bool = False
     probe_chooses: bool = False
 
 
 SWEEPS = {
-    "methods": Sweep(METHODS, 10_000, 5_000, 20),
+    "methods": Sweep(METHODS, 10_000, 5_000, 20, seeds=(0, 1, 2)),
     "ablations": Sweep(ABLATIONS, 10_000, 5_000, 20),
-    "recipes": Sweep(RECIPES, 9_000, 1_000, 20, held_out=True),
+    "recipes": Sweep(RECIPES + ROWS, 9_000, 1_000, 20, held_out=True),
     "scale": Sweep(SCALE, 50_000, 10_000, 40, probe_chooses=True),
     "noise": Sweep(NOISE, 10_000, 5_000, 60),
-    "small": Sweep(SMALL, 10_000, 5_000, 20, probe_chooses=True),
+    "small": Sweep(SMALL, 10_000, 5_000, 20, seeds=(0, 1, 2), probe_chooses=True),
 }
