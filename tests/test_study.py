@@ -221,7 +221,8 @@ def test_encoders_are_fine_tuned_and_transferred(photos, tmp_path, monkeypatch, 
     flags += ["--seeds", "3", "--images", "40", "--test_images", "8", "--only", "can", "mae"]
     flags += ["--precision", "fp32"]  # bf16 is slow where processors do not have it
     args = study.get_args_parser().parse_args(list(map(str, flags)))
-    study.log_path(sweeps.Run("can"), 3, study.complete(args, "scale")).write_text("{}")  # it has ended
+    log = study.log_path(sweeps.Run("can"), 3, study.complete(args, "scale"))
+    log.write_text("{}")  # it has ended
     downstream.main(args)
     shown = capsys.readouterr().out
     assert "mae 3: not pretrained yet" in shown
