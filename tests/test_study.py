@@ -133,9 +133,7 @@ def test_each_method_has_as_many_runs_to_choose_from():
     names = [run.name for run in sweeps.RECIPES]
     assert len(set(names)) == len(names) == 36
     assert [sum(n.startswith(m) for n in names) for m in ("can-", "mae-", "simclr-")] == [12] * 3
-    for run in (
-        sweeps.RECIPES + sweeps.ROWS
-    ):  # flags that main_pretrain.py takes, as study.py gives them
+    for run in sweeps.SWEEPS["recipes"].runs:  # flags as study.py gives them to main_pretrain.py
         pretrain_parser().parse_args(
             ["--data_path", "x", *study.PRETRAIN.split(), *run.flags.split()]
         )

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from functools import cache
 from pathlib import Path
 
 import torchvision
@@ -13,18 +14,8 @@ def prepare(args: argparse.Namespace) -> dict[str, str]:
 
     Where training images are held out to choose by, these are the next ones of each class.
     """
-    source = Path(args.data_path)
-    if args.data_path == "cifar10":
-        source = args.work_dir / "cifar10"
-        for split in ("train", "val"):
-            data = torchvision.datasets.CIFAR10("data", train=split == "train", download=True)
-            for index, label in enumerate(data.targets):
-                file = source / split / data.classes[label] / f"{index:05d}.png"
-                if not file.exists():
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    part = source / f"{os.getpid()}.part"  # a kill leaves no half of an image
-                    data[index][0].save(part, "PNG")
-                    part.replace(file)
+    cifar10 = args.data_path == "cifar10"
+    source = download(args.work_dir / "cifar10") if cifar10 else Path(args.data_path)
     held_out, folders = SWEEPS[args.what].held_out, {}
     for share, part in SHARES.items():
         folders[share] = data_folder(args.work_dir, args.images, args.test_images, share, held_out)
@@ -35,6 +26,21 @@ def prepare(args: argparse.Namespace) -> dict[str, str]:
         ):
             link_images(source / part_of, folders[share] / split, begin, count)
     return {share: str(folder) for share, folder in folders.items()}
+
+
+@cache  # every sweep asks for it
+def download(folder: Path) -> Path:
+    """Writes torchvision's CIFAR-10 as PNGs in class folders; returns their folder."""
+    for split in ("train", "val"):
+        data = torchvision.datasets.CIFAR10("data", train=split == "train", download=True)
+        for index, label in enumerate(data.targets):
+            file = folder / split / data.classes[label] / f"{index:05d}.png"
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                part = folder / f"{os.getpid()}.part"  # a kill leaves no half of an image
+                data[index][0].save(part, "PNG")
+                part.replace(file)
+    return folder
 
 
 def link_images(source: Path, target: Path, begin: int, count: float) -> None:

@@ -301,7 +301,7 @@ def main(args: argparse.Namespace) -> None:
     actions = []
     for sweep in (complete(args, what) for what in args.what or SWEEPS):
         data = prepare(sweep)
-        actions += [partial(carry_out, *what, sweep, data) for what in missing(sweep, log_path)]
+        actions += [partial(carry_out, *run, sweep, data) for run in missing(sweep, log_path)]
     work_off(args.jobs, actions)
 
 

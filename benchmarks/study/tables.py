@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from study import LOGS, POOLS
-from sweeps import ABLATIONS, METHODS, NOISE, RECIPES, ROWS, SCALE, SMALL, Run
+from sweeps import ABLATIONS, METHODS, NOISE, SCALE, SMALL, SWEEPS, Run
 
 TERMS = ("reconstruction", "noise", "contrastive")
 MAIN_READOUTS = ("probe cls-100", "probe pooled-100", "kNN cls", "kNN pooled")
@@ -262,7 +262,7 @@ def main(args: argparse.Namespace) -> None:
     methods = read(args.log_dir / "methods", METHODS)
     if "can" in methods:
         first_study(methods, read(args.log_dir / "ablations", ABLATIONS))
-    if recipes := read(args.log_dir / "recipes", RECIPES + ROWS):
+    if recipes := read(args.log_dir / "recipes", SWEEPS["recipes"].runs):
         accuracy_table(recipes)
         terms_table(recipes)
     scale = read(args.log_dir / "scale", SCALE)
