@@ -33,7 +33,7 @@ LENGTHS = {
     "docs/CODE.md": 50,
     "benchmarks/README.md": 120,
 }
-STUDY = ("benchmarks/study/RESULTS.md", "benchmarks/study/FIRST.md")
+STUDY = tuple(f"benchmarks/study/{name}.md" for name in ("RESULTS", "RECIPES", "FIRST"))
 DOCUMENTS = {name: (ROOT / name).read_text() for name in (*LENGTHS, *STUDY)}
 PARSERS = {
     "main_pretrain": pretrain_parser,

@@ -4,28 +4,21 @@ import io
 import os
 import signal
 import subprocess
-import sys
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same_run, at_step, log_of, run_main, the_error, write_shards
+from conftest import assert_same_run, at_step, log_of, run_main
 from PIL import Image
 
 import main_linprobe
 import main_pretrain
-import util.data.shards
-import util.shards
 from util.args import pretrain_parser
-from util.data.file_list import write_lists
-from util.data.images import BadImage
-from util.data.index import Index
 from util.data.order import SeededDataset
-from util.data.shards import Shards, braces
+from util.data.shards import braces
 from util.data.survey import settle_pixels
 from util.datasets import open_dataset, open_labelled
 from util.errors import UserError
@@ -45,6 +38,14 @@ def picture(shade: int, kind: str = "PNG", side: int = 8) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), (shade, 0, 0)).save(buffer, kind)
     return buffer.getvalue()
+
+
+def labelled(labels: dict[str, int], folder: str = "") -> dict[str, bytes]:
+    """Images by name, each of its own shade, with .cls."""
+    files = {}
+    for shade, (name, label) in enumerate(labels.items()):
+        files |= {f"{folder}{name}.png": picture(shade), f"{folder}{name}.cls": b"%d" % label}
+    return files
 
 
 def shades(dataset) -> list[int]:
@@ -270,80 +271,6 @@ def test_damaged_images_are_counted_as_files_are(flags, tmp_path, capsys):
     assert (tmp_path / "out/bad-images.txt").read_text() == f"{tmp_path}/a.tar: 05.png\n"
 
 
-@pytest.fixture
-def kept(monkeypatch):
-    """Indices of small archives are kept, too."""
-    monkeypatch.setattr(util.data.shards, "WORTH_KEEPING", 1)
-
-
-def reads(monkeypatch, path: Path, cache: str = "") -> tuple[list[str], Shards]:
-    """The archives that an opening lists, and the data set."""
-    seen = []
-    monkeypatch.setattr(util.data.shards, "ProcessPoolExecutor", None)  # all in this process
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    original = util.data.members.read_members
-    monkeypatch.setattr(
-        util.data.shards, "read_members", lambda name: seen.append(name) or original(name)
-    )
-    return seen, open_dataset(str(path), True, cache)
-
-
-def test_an_index_is_kept_and_believed_while_it_is_true(kept, tmp_path, monkeypatch):
-    tar_of(tmp_path / "a.tar", {"0.png": picture(1)})
-    tar_of(tmp_path / "b.tar", {"0.png": picture(2)})
-    assert len(reads(monkeypatch, tmp_path)[0]) == 2
-    seen, dataset = reads(monkeypatch, tmp_path)
-    assert (seen, shades(dataset)) == ([], [1, 2])
-    tar_of(tmp_path / "b.tar", {"0.png": picture(3), "1.png": picture(4)})
-    seen, dataset = reads(monkeypatch, tmp_path)
-    assert (len(seen), shades(dataset)) == (2, [1, 3, 4])
-    (index,) = tmp_path.glob("can-index-*")
-    index.write_bytes(index.read_bytes()[:100])
-    assert len(reads(monkeypatch, tmp_path)[0]) == 2
-
-
-def test_an_archive_that_changes_meanwhile_is_not_misread(tmp_path):
-    path = tar_of(tmp_path / "a.tar", {"0.png": picture(1), "1.png": picture(2)})
-    dataset = open_dataset(str(path), train=True)
-    util.data.shards._opened.cache_clear()
-    with open(path, "ab") as file:
-        file.write(bytes(512))
-    with pytest.raises(BadImage, match="has changed since it was indexed"):
-        dataset[0]
-    assert dataset.name(1) == f"{path}: image 1"
-
-
-def test_where_shards_cannot_be_written_to_the_output_keeps_the_index(
-    kept, tmp_path, monkeypatch, caplog
-):
-    folder, out = tmp_path / "data", tmp_path / "out"
-    folder.mkdir()
-    out.mkdir()
-    tar_of(folder / "a.tar", {"0.png": picture(1)})
-    write = Index.write
-    monkeypatch.setattr(Index, "write", lambda self, p: p.parent != folder and write(self, p))
-    with caplog.at_level("INFO"):
-        reads(monkeypatch, folder, str(out))
-    assert f"{folder} cannot be written to: its index is kept in {out}" in caplog.text
-    write_lists()
-    assert len(list(out.glob("can-index-*"))) == 1
-    assert reads(monkeypatch, folder, str(out))[0] == []
-
-
-def test_two_processes_may_index_at_once(tmp_path):
-    for n in range(8):
-        tar_of(tmp_path / f"{n}.tar", {f"{i}.png": picture(i) for i in range(50)})
-    code = "import sys, util.data.shards as s; s.WORTH_KEEPING = 1\n"
-    code += "from util.datasets import open_dataset\n"
-    code += "data = open_dataset(sys.argv[1], True); print(len(data), data.index.path)"
-    words = [sys.executable, "-c", code, str(tmp_path)]
-    both = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in "ab"]
-    (index,) = {process.communicate()[0] for process in both}
-    (path,) = tmp_path.glob("can-index-*")
-    assert index.split() == ["400", str(path)]
-    assert not list(tmp_path.glob("*.tmp"))
-
-
 @pytest.mark.parametrize(
     ("path", "words"),
     [
@@ -368,79 +295,3 @@ def test_without_shards_for_validation_the_error_says_what_to_do(shards):
     train, val, classes = open_labelled(str(shards / "train"), val_fraction=0.25)
     assert (len(train), len(val), classes) == (36, 12, 2)
     assert train.groups.sum() == 36
-
-
-# python -m util.shards
-
-
-def test_shards_are_shuffled_once_and_lose_nothing(photos, tmp_path):
-    dataset = open_dataset(str(write_shards(photos, tmp_path / "out")), train=True)
-    folder = open_dataset(str(photos), train=True)
-    contents = {Path(folder.name(i)).read_bytes(): folder.targets[i] for i in range(48)}
-    ours = {dataset.content(i)[0].getvalue(): dataset.targets[i] for i in range(48)}
-    assert ours == contents
-    assert list(ours) != list(contents)
-    assert dataset.classes == folder.classes
-
-
-def test_large_images_are_made_smaller_and_upright(tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    ramp = np.linspace(0, 255, 100 * 60, dtype=np.uint8).reshape(60, 100)
-    exif = Image.Exif()
-    exif[274] = 6  # turned by a quarter
-    Image.fromarray(ramp).save(tmp_path / "in/a.jpg", exif=exif, quality=95)
-    Image.fromarray(ramp).resize((20, 12)).save(tmp_path / "in/b.bmp")
-    Image.fromarray(np.dstack(4 * [ramp])).save(tmp_path / "in/c.png")
-    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "in/d.png")
-    (tmp_path / "in/e.jpg").write_bytes(b"no image")
-    out = write_shards(tmp_path / "in", tmp_path / "out", "--max_side", 32, "--keep_order")
-    shown = capsys.readouterr().out
-    assert "/in/e.jpg' is not readable (unknown format): left out" in shown
-    assert "1 made smaller" in shown
-    assert "2 as they were, though large" in shown
-    dataset = open_dataset(str(out), train=True)
-    assert [dataset[i][0].size for i in range(4)] == [(19, 32), (20, 12), (100, 60), (100, 60)]
-    small = np.asarray(dataset[0][0], float)
-    assert small.ndim == 2
-    expected = Image.fromarray(np.rot90(ramp, -1)).resize((19, 32), Image.Resampling.BICUBIC)
-    assert np.abs(small - np.asarray(expected, float)).max() < 8
-    assert dataset.content(1)[0].read() == (tmp_path / "in/b.bmp").read_bytes()
-
-
-@pytest.mark.faults
-def test_writing_shards_goes_on_where_it_was_killed(photos, tmp_path):
-    whole = write_shards(photos, tmp_path / "whole", "--shard_images", 1)
-    words = [sys.executable, "-m", "util.shards", "--data_path", photos, "--out", tmp_path / "out"]
-    words = [*map(str, words), "--shard_images", "1", "--num_workers", "1"]
-    for number in (signal.SIGKILL, signal.SIGINT):
-        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and not list(tmp_path.glob("out/train/0*")):
-            time.sleep(0.01)
-        process.send_signal(number)
-        assert process.wait() != 0
-        assert "Traceback" not in process.stderr.read()
-        for path in list(tmp_path.glob("out/train/*.tar"))[1:]:  # for the next to be stopped, too
-            path.unlink()
-    assert subprocess.run(words, cwd=ROOT).returncode == 0
-    assert not list(tmp_path.glob("out/*/*.tmp"))
-    files = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*.tar")}
-    ours = tmp_path / "out"
-    assert files == {path.relative_to(ours): path.read_bytes() for path in ours.rglob("*.tar")}
-
-
-def test_shards_of_other_images_are_not_mixed(photos, shards, tmp_path, capsys):
-    words = ["--data_path", photos, "--out", shards, "--shard_images", 10, "--keep_order"]
-    assert run_main(util.shards, *words, "--quality", 80) == 1
-    error = the_error(capsys.readouterr().err)
-    assert "holds other shards: quality was 90, is 80; give another --out" in error
-    (tmp_path / "notes").touch()
-    assert run_main(util.shards, "--data_path", photos, "--out", tmp_path) == 1
-    assert "is not empty, and holds no shards.json" in the_error(capsys.readouterr().err)
-
-
-def test_named_datasets_are_written_without_loss(tmp_path):
-    ours = open_dataset(str(write_shards("digits", tmp_path / "out", "--keep_order")), train=False)
-    theirs = open_dataset("digits", train=False)
-    for index in (0, 100, 359):
-        assert ours[index][0].tobytes() == theirs[index][0].tobytes()
-        assert ours[index][1] == theirs[index][1]

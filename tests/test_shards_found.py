@@ -2,39 +2,21 @@
 
 import errno
 import io
-import logging
 import os
-import pickle
-import shutil
 import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import run_main, the_error, write_shards
-from PIL import Image
-from test_shards import picture, shades, tar_of
+from conftest import run_main, write_shards
+from test_shards import labelled, picture, shades, tar_of
 
 import main_pretrain
-import util.data.shards
-import util.shards
-from util.args import pretrain_parser
 from util.data.index import Index, Strings
-from util.data.loader import train_loader
-from util.data.order import SeededDataset
 from util.data.source import in_order
 from util.datasets import open_dataset, open_labelled
 from util.errors import NoSplit, UserError
-
-
-def labelled(labels: dict[str, int], folder: str = "") -> dict[str, bytes]:
-    """Images by name, each of its own shade, with .cls."""
-    files = {}
-    for shade, (name, label) in enumerate(labels.items()):
-        files |= {f"{folder}{name}.png": picture(shade), f"{folder}{name}.cls": b"%d" % label}
-    return files
 
 
 def test_a_read_only_folder_is_no_error(tmp_path, monkeypatch):
@@ -92,18 +74,6 @@ def test_a_damaged_image_in_a_zip_is_replaced(flags, tmp_path, capsys):
     flags = [*flags, "--data_path", path, "--epochs", 1]
     assert run_main(main_pretrain, *flags) == 0
     assert "a.zip: 07.bmp' is not readable" in capsys.readouterr().out
-
-
-def test_an_archive_of_the_same_size_is_told_by_its_time(tmp_path):
-    path = tar_of(tmp_path / "a.tar", labelled({"0": 0, "1": 1}))
-    dataset = open_dataset(str(path), train=True)
-    util.data.shards._opened.cache_clear()
-    size = path.stat().st_size
-    tar_of(path, {f"{i}.png": picture(9 - i) for i in range(2)} | {"x.cls": b"0", "y.cls": b"1"})
-    os.utime(path, ns=(0, 0))
-    assert path.stat().st_size == size
-    with pytest.raises(Exception, match="has changed since it was indexed"):
-        dataset[0]
 
 
 def test_a_tar_of_a_folder_has_what_the_folder_has(tmp_path):
@@ -303,104 +273,6 @@ def test_numbers_written_differently_are_in_one_order():
     assert in_order({"1", "001", "01", "2"}) == ["001", "01", "1", "2"]
 
 
-def test_other_ranks_map_the_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(util.data.shards, "WORTH_KEEPING", 1)
-    monkeypatch.setattr("util.data.index.SENT_WHOLE", 0)
-    path = tar_of(tmp_path / "a.tar", labelled({str(i): i % 3 for i in range(500)}))
-    dataset = open_dataset(str(path), train=True)
-    sent = pickle.dumps(dataset)
-    assert len(sent) < 2000
-    again = pickle.loads(sent)
-    assert again.targets.tolist() == dataset.targets.tolist()
-    assert again.name(7) == dataset.name(7)
-    (index,) = tmp_path.glob("can-index-*")
-    dataset.index.write(index)  # by another run, at the same time
-    assert len(pickle.loads(sent)) == 500
-    index.unlink()
-    with pytest.raises(UserError, match="every machine must see this file"):
-        pickle.loads(sent)
-
-
-def test_folders_are_sent_as_their_index(photos):
-    dataset = open_dataset(str(photos), train=True)
-    again = pickle.loads(pickle.dumps(dataset))
-    assert [again.name(i) for i in range(48)] == [dataset.name(i) for i in range(48)]
-    assert (again.classes, again.where) == (dataset.classes, dataset.where)
-
-
-def window_of(path: Path, *flags: str) -> int:
-    args = pretrain_parser().parse_args(["--data_path", "x", "--batch_size", "4", *flags])
-    data = SeededDataset(open_dataset(str(path), train=True), lambda image: 0, 0)
-    return train_loader(data, args, torch.device("cpu"), num_workers=0).sampler.window
-
-
-def test_shards_of_one_class_each_are_not_windowed(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("util.data.loader.WINDOW", 7)
-    caplog.set_level(logging.INFO)
-    for kind in ("sorted", "mixed"):
-        (tmp_path / kind).mkdir()
-        for n in range(4):
-            labels = {str(i): n if kind == "sorted" else i % 4 for i in range(8)}
-            tar_of(tmp_path / kind / f"{n}.tar", labelled(labels))
-
-    for kind, window in (("mixed", 7), ("sorted", 0)):
-        assert window_of(tmp_path / kind) == window
-    assert "shards hold one class each: all images are shuffled at once" in caplog.text
-    assert window_of(tmp_path / "sorted", "--shuffle_window", "9") == 9
-
-
-def test_written_shards_have_endings_that_are_read(tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (folder / "photo").write_bytes(picture(1, "JPEG"))
-    (folder / "b").write_bytes(picture(2))
-    dataset = open_dataset(str(write_shards(folder, tmp_path / "out", "--keep_order")), True)
-    assert [dataset.content(i)[1] for i in range(2)] == [".png", ".jpg"]
-
-
-def test_a_source_that_changed_is_noticed(photos, tmp_path, capsys):
-    shutil.copytree(photos, tmp_path / "in")
-    out = write_shards(tmp_path / "in", tmp_path / "out")
-    first = next((tmp_path / "in/train/china").iterdir())
-    first.rename(first.with_name("new.jpg"))
-    words = ["--data_path", tmp_path / "in", "--out", out, "--shard_images", 10]
-    assert run_main(util.shards, *words) == 1
-    assert "holds other shards: train digest was" in the_error(capsys.readouterr().err)
-
-
-def test_a_damaged_manifest_and_unreadable_images_are_one_line(tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/shards.json").touch()
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.jpg").write_bytes(b"no image")
-    words = ["--data_path", tmp_path / "in", "--max_side", 8]
-    assert run_main(util.shards, *words, "--out", tmp_path / "out") == 1
-    assert "shards.json is damaged" in the_error(capsys.readouterr().err)
-    assert run_main(util.shards, *words, "--out", tmp_path / "new") == 1
-    assert "none of the images of" in the_error(capsys.readouterr().err)
-
-
-def test_transparency_is_kept_and_named_datasets_are_made_smaller(tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    image = Image.new("P", (64, 64), 3)
-    image.save(folder / "a.png", transparency=3)
-    out = write_shards(folder, tmp_path / "out", "--max_side", 32)
-    assert open_dataset(str(out), True).content(0)[0].read() == (folder / "a.png").read_bytes()
-    small = write_shards("digits", tmp_path / "digits", "--max_side", 4)
-    assert open_dataset(str(small), True)[0][0].size == (4, 4)
-
-
-@pytest.mark.parametrize("size", [(1, 500), (500, 1), (3, 700)])
-def test_strips_are_made_smaller(size, tmp_path):
-    (tmp_path / "in").mkdir()
-    Image.new("RGB", size, (200, 100, 50)).save(tmp_path / "in/a.jpg")
-    out = write_shards(tmp_path / "in", tmp_path / "out", "--max_side", 16)
-    image = open_dataset(str(out), True)[0][0]
-    assert (max(image.size), min(image.size)) == (16, 1)
-    assert np.abs(np.asarray(image, int) - (200, 100, 50)).max() < 5
-
-
 def test_names_may_be_of_any_bytes(tmp_path):
     """As an old disk has them; of classes, and of the shards in a list."""
     names = [os.fsdecode(name) for name in (b"caf\xe9", "caf\u00e9".encode(), b"tea")]
@@ -438,14 +310,6 @@ def test_lists_that_are_none_are_one_line(name, content, words, tmp_path):
 def test_archives_named_twice_are_read_once(tmp_path):
     tar_of(tmp_path / "x.tar", {"0.png": picture(0)})
     assert len(open_dataset(f"{tmp_path}/{{x,*}}.tar", train=True)) == 1
-
-
-def test_the_window_s_order_follows_the_seed():
-    from util.data.order import EpochSampler
-
-    groups = np.full(10, 10)
-    orders = [[i for _, i in EpochSampler(range(100), 4, seed, groups, 20)] for seed in (0, 1)]
-    assert orders[0] != orders[1]
 
 
 def test_sideways_deep_tiffs_are_upright_everywhere(tmp_path):

@@ -18,6 +18,7 @@ import main_pretrain
 import model_mae
 from model_mae import MaskedAutoencoderViT
 from util.args import pretrain_parser
+from util.recipes import RECIPES
 
 sys.path.insert(0, str(ROOT / "benchmarks/study"))
 import cost
@@ -139,6 +140,24 @@ def test_each_method_has_as_many_runs_to_choose_from():
         )
 
 
+def test_each_row_of_the_papers_recipe_has_a_run_of_its_own():
+    """What such a run changes has the paper's values, and together they change all of them."""
+    parse = pretrain_parser().parse_args
+    base = vars(parse(["--data_path", "x"]))
+    paper = RECIPES["paper"] | {"projection_dim": 512}  # as the study's own of the paper has it
+    rows = ("norm-pix", "targets", "bn-head", "patches", "level-alone", "mask-token", "weights")
+    tried = set()
+    for run in sweeps.SWEEPS["recipes"].runs:
+        if run.name in [f"can-{row}" for row in (*rows, "level", "augment")]:
+            flags = vars(parse(["--data_path", "x", *run.flags.split()]))
+            changed = {name for name in flags if flags[name] != base[name]}
+            assert {name: flags[name] for name in changed} == {
+                name: paper[name] for name in changed
+            }
+            tried |= changed
+    assert tried == {name for name in paper if paper[name] != base[name]}
+
+
 def test_recipes_are_chosen_by_training_images(photos, tmp_path):
     flags = ["--data_path", str(photos), "--work_dir", str(tmp_path), "--what", "recipes"]
     args = study.get_args_parser().parse_args([*flags, "--images", "32", "--test_images", "16"])
@@ -166,7 +185,8 @@ def test_what_the_best_linear_prediction_of_noise_leaves():
 
 def test_results_are_the_tables_of_the_logs(capsys):
     tables.main(tables.get_args_parser().parse_args([]))
-    documents = [ROOT / "benchmarks/study" / name for name in ("RESULTS.md", "FIRST.md")]
+    names = ("RESULTS.md", "RECIPES.md", "FIRST.md")
+    documents = [ROOT / "benchmarks/study" / name for name in names]
     results = [line for path in documents for line in path.read_text().splitlines()]
     shown = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| ") for line in shown) >= 30

@@ -105,7 +105,7 @@ ROWS = [
     Run("can-again"),
     Run("can-level-alone", "--noise_level_tokens all"),
     Run("can-mask-token", "--mask_token_width encoder"),
-    Run("can-weights", "--weight_mae 0.67 --weight_noise 0.3"),
+    Run("can-weights", f"--weight_noise {0.3 / 0.97}"),  # .67 reconstruction + .3 noise
 ]
 # Each method with the row of RECIPES that had the best pooled probe among the held-out images: of
 # SimCLR, CAN, MAE, the release's CAN and the paper's. That without noise is the paper's, with
