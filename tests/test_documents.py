@@ -253,6 +253,14 @@ def test_documents_are_short(name):
     assert len(DOCUMENTS[name].splitlines()) <= LENGTHS[name]
 
 
+def test_no_file_has_more_than_350_lines():
+    kept = [ROOT / name for name in ("util", "tests", "benchmarks", "docs", ".ci")]
+    files = [p for folder in kept for p in folder.rglob("*") if p.suffix in (".py", ".md", ".sh")]
+    files += [*ROOT.glob("*.py"), *ROOT.glob("*.md")]
+    assert len(files) > 150
+    assert [str(p) for p in files if len(p.read_text().splitlines()) > 350] == []
+
+
 def versions(path: str) -> dict[str, str]:
     return dict(re.findall(r"^([\w-]+)[>=]=([\d.]+)", (ROOT / path).read_text(), re.M))
 

@@ -14,7 +14,6 @@ from conftest import ROOT
 from test_shards import labelled, picture, shades, tar_of
 
 import util.data.shards
-import util.shards
 from util.args import pretrain_parser
 from util.data.file_list import write_lists
 from util.data.images import BadImage

@@ -13,7 +13,6 @@ from conftest import ROOT, run_main, the_error, write_shards
 from PIL import Image
 from test_shards import picture
 
-import util.data.shards
 import util.shards
 from util.datasets import open_dataset
 

@@ -100,7 +100,7 @@ RECIPES = [
     Run("simclr-augment", f"{NO_RECONSTRUCTION} {AUGMENT}"),
 ]
 # Added when the larger runs had been chosen, so not to choose from: each half of *can-level*, and
-# the row that no other run has. The first is *can-2e-3* again.
+# the weights, which no other run has. The first is *can-2e-3* again, in the others' fp32.
 ROWS = [
     Run("can-again"),
     Run("can-level-alone", "--noise_level_tokens all"),
