@@ -254,9 +254,9 @@ def test_documents_are_short(name):
 
 
 def test_no_file_has_more_than_350_lines():
-    kept = [ROOT / name for name in ("util", "tests", "benchmarks", "docs", ".ci")]
+    kept = [ROOT / name for name in ("util", "tests", "benchmarks", "docs")]
     files = [p for folder in kept for p in folder.rglob("*") if p.suffix in (".py", ".md", ".sh")]
-    files += [*ROOT.glob("*.py"), *ROOT.glob("*.md")]
+    files += [*ROOT.glob("*.py"), *ROOT.glob("*.md"), ROOT / ".ci/run"]
     assert len(files) > 150
     assert [str(p) for p in files if len(p.read_text().splitlines()) > 350] == []
 

@@ -140,7 +140,7 @@ def test_each_method_has_as_many_runs_to_choose_from():
         )
 
 
-ROWS = {  # of the paper's recipe: what the study's run of each changes
+CHANGED = {  # of the paper's recipe: what the study's run of each changes
     "norm-pix": {"norm_pix_loss"},
     "targets": {"norm_pix_loss", "noise_target"},
     "bn-head": {"projection_layers", "projection_dim", "projection_norm"},
@@ -153,16 +153,16 @@ ROWS = {  # of the paper's recipe: what the study's run of each changes
 }
 
 
-def test_each_row_of_the_papers_recipe_has_a_run_of_its_own():
+def test_every_choice_of_the_papers_recipe_is_in_a_run():
     parse = pretrain_parser().parse_args
     release = vars(parse(["--data_path", "x"]))
     paper = RECIPES["paper"] | {"projection_dim": 512}  # as the study's runs of the paper's have it
     runs = {run.name: run.flags.split() for run in sweeps.SWEEPS["recipes"].runs}
-    for row, names in ROWS.items():
+    for row, names in CHANGED.items():
         flags = vars(parse(["--data_path", "x", *runs[f"can-{row}"]]))
         changed = {name: flags[name] for name in flags if flags[name] != release[name]}
         assert changed == {name: paper[name] for name in names}, row
-    assert set.union(*ROWS.values()) == {name for name in paper if paper[name] != release[name]}
+    assert set.union(*CHANGED.values()) == {name for name in paper if paper[name] != release[name]}
 
 
 def test_recipes_are_chosen_by_training_images(photos, tmp_path):
