@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fill, python, run_main
+from test_documents import DOCUMENTS, STUDY
 
 import main_pretrain
 import model_mae
@@ -192,9 +193,7 @@ def test_what_the_best_linear_prediction_of_noise_leaves():
 
 def test_results_are_the_tables_of_the_logs(capsys):
     tables.main(tables.get_args_parser().parse_args([]))
-    names = ("RESULTS.md", "RECIPES.md", "FIRST.md")
-    documents = [ROOT / "benchmarks/study" / name for name in names]
-    results = [line for path in documents for line in path.read_text().splitlines()]
+    results = [line for name in STUDY for line in DOCUMENTS[name].splitlines()]
     shown = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| ") for line in shown) >= 30
     assert [line for line in shown if line not in results] == []
@@ -207,7 +206,7 @@ def test_tables_of_one_sweep_alone(tmp_path, capsys):
 
 
 def test_the_documents_numbers_are_the_logs():
-    readme = "".join((ROOT / name).read_text() for name in ("README.md", "PRETRAIN.md"))
+    readme = DOCUMENTS["README.md"] + DOCUMENTS["PRETRAIN.md"]
     measured = tables.read_cost(study.LOGS)
     finetuned = tables.read(study.LOGS / "downstream", sweeps.SCALE)
     for name, records in tables.read(study.LOGS / "scale", sweeps.SCALE).items():
